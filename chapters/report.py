@@ -1,0 +1,144 @@
+"""The tour's report: one HTML file that holds everything, figures included."""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from chapters.claims import Result, recorded, versions
+from chapters.contents import PARTS, Entry
+from chapters.figures import alt_text
+from chapters.lab import Lab
+from minitfm.checkpoint import replace_file
+
+MARKS = {"reproduced": "✓", "not reproduced": "✗", "failed": "!", "not run": "–"}
+TRAINING = {"steps": "training steps", "seconds": "training seconds", "command": "trained by"}  # of training.json
+
+
+def write(page: Path, chapters: Sequence[dict], lab: Lab, seconds: float, interrupted: bool = False) -> None:
+    """Render the report of the `chapters` (see `sections`) and put it at `page` whole."""
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    ).get_template("report.html")
+    html = template.render(
+        headline=headline(chapters),
+        explanation=explanation(lab),
+        chapters=chapters,
+        model=model_card(lab),
+        environment=environment(lab, seconds),
+        interrupted=interrupted,
+    )
+    with replace_file(page) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def sections(results: Sequence[Result], entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """One section per chapter: those that have run, in the order of `entries`, then those that wait."""
+    return [section(result) for result in results] + [waiting(entry) for entry in entries[len(results) :]]
+
+
+def headline(chapters: Sequence[dict]) -> str:
+    """The outcome in one line: "3 of 5 claims reproduced, 1 not reproduced, 1 failed"."""
+    verdicts = [chapter["verdict"] for chapter in chapters]
+    total = len(verdicts)
+    text = f"{verdicts.count('reproduced')} of {total} claim{'s' if total != 1 else ''} reproduced"
+    others = [f"{verdicts.count(kind)} {kind}" for kind in ("not reproduced", "failed", "not run") if kind in verdicts]
+    return ", ".join([text, *others])
+
+
+def explanation(lab: Lab) -> str:
+    """How to read the numbers."""
+    budget = "full budget" if lab.full else "quick budget"
+    return (
+        "Each technique's best-known finding, measured on a small transformer "
+        f"({budget}: {len(lab.seeds)} seed{'s' if len(lab.seeds) > 1 else ''}, "
+        f"{lab.validation.numel():,} measured tokens). “Not reproduced” means that the effect does not show here."
+    )
+
+
+def section(result: Result) -> dict[str, Any]:
+    """What the template needs of one chapter that has run."""
+    claim = result.claim
+    record = recorded(result.entry.name)
+    return waiting(result.entry) | {
+        "verdict": result.verdict,
+        "mark": MARKS[result.verdict],
+        "seconds": f"{result.seconds:.1f}",
+        "sentence": claim.sentence if claim else None,
+        "setting": claim.setting if claim else None,
+        "error": result.error,
+        "traceback": result.traceback,
+        "picture": base64.b64encode(result.picture).decode() if result.picture else None,
+        "alt": alt_text(claim.figure) if claim and claim.figure else None,
+        "numbers": beside(claim.numbers if claim else {}, record),
+        "recorded": summary(record) if record else None,
+    }
+
+
+def waiting(entry: Entry) -> dict[str, Any]:
+    """What the template needs of a chapter that has not run."""
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "part": PARTS[entry.part],
+        "line": entry.line,
+        "paper": entry.paper,
+        "url": entry.url,
+        "reference": entry.places()["reference"],
+        "verdict": "not run",
+        "mark": MARKS["not run"],
+        "seconds": None,
+        "sentence": None,
+        "error": None,
+    }
+
+
+def beside(live: dict[str, float], record: dict | None) -> list[dict[str, str]]:
+    """Rows of the numbers' table: this run's and the recorded one's under the same names."""
+    kept = record["numbers"] if record else {}
+    names = [*live, *(name for name in kept if name not in live)]
+    return [{"name": name, "live": shown(live.get(name)), "recorded": shown(kept.get(name))} for name in names]
+
+
+def summary(record: dict) -> dict[str, Any]:
+    """The recorded run in words."""
+    verdict = "reproduced" if record["holds"] else "not reproduced"
+    kept = {key: record[key] for key in ("sentence", "date", "versions")}
+    return kept | {"verdict": verdict, "seeds": len(record["seeds"]), "seconds": f"{record['seconds']:.0f}"}
+
+
+def shown(value: float | None) -> str:
+    """A number for people: four digits that count, "–" where there is none."""
+    if value is None:
+        return "–"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "−infinite"
+    if value == int(value) or abs(value) >= 10_000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def model_card(lab: Lab) -> dict[str, str]:
+    """The model and the text as label -> value."""
+    trained = {label: lab.info[key] for key, label in TRAINING.items() if key in lab.info}
+    facts = lab.describe() | {"perplexity": lab.base_perplexity} | trained
+    return {name: shown(value) if isinstance(value, int | float) else value for name, value in facts.items()}
+
+
+def environment(lab: Lab, seconds: float) -> dict[str, str]:
+    """Where and when this ran."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "duration": f"{seconds:.0f} s",
+        "seeds": ", ".join(map(str, lab.seeds)),
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        **versions(),
+    }

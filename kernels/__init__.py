@@ -1,0 +1,1 @@
+"""One Triton kernel file per technique, under the names of the chapters."""

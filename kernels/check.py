@@ -1,0 +1,290 @@
+"""Compile every case of every kernel for three GPUs without having one, and refuse what would run badly.
+
+Gates, each on the machine code that a launch would run:
+
+- no register is spilled: one spilled loop costs more than any tuning wins back;
+- shared memory fits: a kernel over the limit compiles and then fails to launch;
+- at most 235 registers, so that an assembler that needs a few more, in an older Triton, does not spill;
+- "matrix" cases: each of the case's kernels that says `tl.dot` has tensor-core instructions, and at least one says it;
+- "matrix" cases: no wgmma waits for the one before it, of which the assembler warns (C75xx) and Triton says nothing;
+- "stream" cases: each kernel that carries weight loads 128 bits at a time. A kernel carries weight if its tensor
+  arguments hold at least a tenth of the bytes of the case's largest launch: the reduction after a split may be small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kernels.cases import Case, find, techniques, unavailable
+from kernels.hardware import ARCHITECTURES, GPUS, floor_seconds, occupancy
+from kernels.tables import Table, markdown, replace_file, show
+
+MAX_REGISTERS = 235
+RESULTS = Path(__file__).parent / "results"
+LEGEND = "Load, store: bits of the widest global one; in brackets the share of load bytes that goes by 128 bits."
+
+
+@dataclass
+class Row:
+    """One compiled kernel of one case on one architecture. Failures are sentences; none means that it passed."""
+
+    technique: str
+    case: str
+    arch: int
+    kind: str = ""
+    kernel: str = ""
+    compiler: str = ""
+    grid: tuple[int, ...] = ()
+    launches: int = 0
+    warps: int = 0
+    argument_bytes: int = 0
+    uses_dot: bool = False
+    registers: int = 0
+    stack: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    tensor_memory: int = 0
+    load_bits: int = 0
+    store_bits: int = 0
+    wide_load_share: float = 0.0
+    async_copies: int = 0
+    bulk_copies: int = 0
+    tensor_instructions: dict[str, int] = field(default_factory=dict)
+    serialized: tuple[str, ...] = ()
+    occupancy: float = 0.0
+    floor_seconds: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+def check_case(technique: str, case: Case, arch: int) -> list[Row]:
+    """Compile every kernel that the case launches; one row each. A case that does not compile is one failed row."""
+    import torch
+
+    from kernels.compiled import recorded_launches
+
+    row = Row(technique, case.name, arch, case.kind, floor_seconds={g: floor_seconds(case, c) for g, c in GPUS.items()})
+    try:
+        with recorded_launches(arch) as launches, contextlib.redirect_stdout(io.StringIO()):
+            case.run(*case.inputs(torch.device("cpu")))
+        rows = [_compiled_row(row, launch) for launch in launches]
+    except Exception as error:
+        row.failures.append(_explain(error))
+        return [row]
+    if not rows:
+        row.failures.append("the case launches no kernel")
+        return [row]
+    judge(rows)
+    return rows
+
+
+def _compiled_row(row: Row, launch: Any) -> Row:
+    """The row of one launch: what `row` says of the case, and what its machine code says."""
+    from kernels.compiled import compiler_version, machine_code, serialized
+
+    metadata, code = launch.kernel.metadata, machine_code(launch.kernel.asm["cubin"])
+    columns = getattr(metadata, "tmem_size", 0) or 0
+    return replace(
+        row,
+        **code,
+        failures=[],
+        kernel=metadata.name,
+        compiler=compiler_version(row.arch),
+        grid=launch.grid,
+        launches=launch.count,
+        warps=metadata.num_warps,
+        argument_bytes=launch.argument_bytes,
+        uses_dot="tt.dot" in launch.kernel.asm["ttir"],
+        shared_bytes=metadata.shared,
+        tensor_memory=columns,
+        serialized=serialized(launch.kernel.asm["ptx"], row.arch),
+        occupancy=occupancy(row.arch, code["registers"], metadata.num_warps, metadata.shared, columns),
+    )
+
+
+def _explain(error: BaseException) -> str:
+    """The error and, since Triton often hides the reason there, its cause."""
+    lines = [f"{type(error).__name__}: {error}".strip()]
+    if error.__cause__ is not None:
+        lines.append(f"because of {type(error.__cause__).__name__}: {error.__cause__}".strip())
+    return "\n".join(lines)[:4000]
+
+
+def judge(rows: list[Row]) -> None:
+    """Apply the gates to the kernels of one case on one architecture; failures are added to their rows."""
+    for row in rows:
+        row.failures += _resource_failures(row)
+    kind = rows[0].kind
+    if kind == "matrix":
+        for row in [row for row in rows if row.uses_dot] or rows:
+            if not row.tensor_instructions:
+                row.failures.append("a matrix kernel without tensor-core instructions")
+        for row in rows:
+            if row.serialized:
+                row.failures.append(f"each wgmma waits for the one before (ptxas: {', '.join(row.serialized)})")
+    if kind == "stream":
+        heaviest = max(row.argument_bytes for row in rows)
+        for row in rows:
+            if row.argument_bytes >= heaviest / 10 and row.load_bits < 128:
+                row.failures.append(f"a streaming kernel whose widest global load has {row.load_bits} bits, not 128")
+
+
+def _resource_failures(row: Row) -> list[str]:
+    """Spills, shared memory and registers."""
+    failures, limit = [], ARCHITECTURES[row.arch].shared_per_block
+    if row.spill_bytes:
+        failures.append(f"spills {row.spill_bytes} bytes of registers per thread")
+    if row.shared_bytes > limit:
+        failures.append(f"needs {row.shared_bytes} bytes of shared memory, more than the {limit} of sm_{row.arch}")
+    if row.registers > MAX_REGISTERS:
+        failures.append(f"uses {row.registers} registers, more than {MAX_REGISTERS}: no headroom for another compiler")
+    return failures
+
+
+def check_module(module: str, technique: str, arch: int) -> list[Row]:
+    """All rows of one kernel file on one architecture; a file that cannot be imported is one failed row."""
+    prepare_compiler()
+    try:
+        found = importlib.import_module(module).CASES
+    except Exception as error:
+        return [Row(technique, "", arch, failures=[_explain(error)])]
+    return [row for case in found for row in check_case(technique, case, arch)]
+
+
+def prepare_compiler() -> None:
+    """Settle what Triton's versions leave open: fused multiply-adds, and without a home a temporary cache folder."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    default = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    try:
+        default.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
+
+
+def check_all(modules: dict[str, str], arches: Sequence[int]) -> list[Row]:
+    """Check kernel files ({technique: module}) on each architecture in two processes; rows in a fixed order."""
+    tasks = [(module, technique, arch) for technique, module in modules.items() for arch in arches]
+    with ProcessPoolExecutor(min(2, len(tasks)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(check_module, *task) for task in tasks]
+        rows = []
+        for (_, technique, arch), future in zip(tasks, futures, strict=True):
+            try:
+                rows += future.result()
+            except Exception as error:
+                rows.append(Row(technique, "", arch, failures=[f"the compiling process died: {_explain(error)}"]))
+    order = {key: place for place, key in enumerate(dict.fromkeys((row.technique, row.case) for row in rows))}
+    return sorted(rows, key=lambda row: order[row.technique, row.case])
+
+
+def static_report(name: str, arches: Iterable[int] = (80, 90, 100)) -> list[dict[str, Any]]:
+    """The rows of one kernel file as dicts (fields of Row), compiled in another process.
+
+    So it works in tests and notebooks where Triton interprets. [] where Triton is not installed: `cases.unavailable`
+    says so in words. ValueError if there is no such kernel.
+    """
+    name = find(name)
+    if unavailable():
+        return []
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(RESULTS.parent.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "kernels", "check", name, "--json", "--arch", *map(str, arches)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode not in (0, 1) or not done.stdout:
+        raise ValueError(done.stderr.strip())
+    return json.loads(done.stdout)
+
+
+COLUMNS = "arch,kernel,grid,warps,regs,spill B,shared KiB,load,store,copies,tensor cores,occupancy,verdict".split(",")
+
+
+def cells(row: Row) -> list[str]:
+    """One line of the table, a cell for each of COLUMNS. Loads and stores: bits of the widest global one."""
+    verdict = "FAILED" if row.failures else "ok"
+    if not row.kernel:
+        return [f"sm_{row.arch}", *["-"] * (len(COLUMNS) - 2), verdict]
+    copies = [f"{n} {kind}" for n, kind in ((row.async_copies, "cp.async"), (row.bulk_copies, "TMA")) if n]
+    mixed = f" ({row.wide_load_share:.0%})" if row.load_bits >= 128 and row.wide_load_share < 1 else ""
+    return [
+        f"sm_{row.arch}",
+        row.kernel if row.launches == 1 else f"{row.kernel} ({row.launches} launches)",
+        "x".join(map(str, row.grid)),
+        str(row.warps),
+        str(row.registers),
+        str(row.spill_bytes),
+        f"{row.shared_bytes / 1024:.1f}",
+        f"{row.load_bits}{mixed}" if row.load_bits else "-",
+        str(row.store_bits or "-"),
+        ", ".join(copies) or "-",
+        ", ".join(f"{n} {kind}" for kind, n in row.tensor_instructions.items()) or "-",
+        f"{row.occupancy:.1%}",
+        verdict,
+    ]
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """A table per case, its title the floor under the case's time."""
+    found = []
+    for (technique, case), group in itertools.groupby(rows, key=lambda row: (row.technique, row.case)):
+        group = list(group)
+        floors = ", ".join(f"{gpu} {1e6 * seconds:.1f}" for gpu, seconds in group[0].floor_seconds.items())
+        title = f"{technique}: {case} ({group[0].kind}; floor in µs: {floors})" if case else technique
+        failed = {number for number, row in enumerate(group) if row.failures}
+        found.append(Table(title, COLUMNS, [cells(row) for row in group], failed))
+    return found
+
+
+def explanations(rows: list[Row]) -> list[str]:
+    """What failed and why; what fails alike on several architectures is said once."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for failure in row.failures:
+            where = " / ".join(filter(None, (row.technique, row.case, row.kernel)))
+            places.setdefault((where, failure), []).append(f"sm_{row.arch}")
+    return [f"{where} on {', '.join(arches)}: {failure}" for (where, failure), arches in places.items()]
+
+
+def write_static(rows: list[Row]) -> None:
+    """Replace results/static.md by these rows."""
+    versions = sorted({f"sm_{row.arch} by {row.compiler}" for row in rows if row.compiler})
+    head = ["# Static report of all kernels", "", "Written by `python -m kernels check --write`; no GPU took part."]
+    head += [f"Registers and counts differ between compilers; these: {'; '.join(versions)}.", LEGEND, ""]
+    replace_file(RESULTS / "static.md", ("\n".join(head) + "\n" + markdown(tables(rows))).encode())
+
+
+def main(arguments: Namespace) -> int:
+    """Exit status: 0 if every kernel passes every gate, 1 if one does not. ValueError for a bad option."""
+    if arguments.write and (arguments.names or arguments.arch != list(ARCHITECTURES)):
+        raise ValueError("--write reports all kernels on all architectures: leave out NAME and --arch")
+    if unavailable():
+        raise ValueError(unavailable())
+    names = [find(name) for name in arguments.names] or techniques()
+    os.environ.pop("TRITON_INTERPRET", None)
+    rows = check_all({name: f"kernels.{name}" for name in names}, arguments.arch)
+    if arguments.write:
+        write_static(rows)
+    return report(rows, arguments.json)
+
+
+def report(rows: list[Row], as_json: bool = False) -> int:
+    """Print the rows, then on stderr what failed and why. Returns the exit status."""
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        show(tables(rows))
+    failed = sum(bool(row.failures) for row in rows)
+    print(*explanations(rows), f"{len(rows) - failed} of {len(rows)} passed", sep="\n", file=sys.stderr)
+    return int(failed > 0)

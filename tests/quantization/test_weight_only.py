@@ -1,0 +1,266 @@
+"""Weight-only product: the packed layout bit by bit, the product against the dense one, the kernel against both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chapters.quantization.weight_only import pack, unpack, weight_only_matmul
+from tests.conftest import DEVICE, KERNEL_DTYPES, kernel, oracle, poisoned, tolerance
+from tests.fences import walled
+from tests.quantization.problems import packed_by_hand, products
+
+weight_only = kernel("quantization.weight_only")
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def drawn_codes(seed: int, rows: int, quads: int) -> np.ndarray:
+    """Codes `[rows, 32 quads]` uint8."""
+    return np.random.default_rng(seed).integers(0, 16, (rows, 32 * quads)).astype(np.uint8)
+
+
+@pytest.mark.exercise("chapters.quantization.weight_only.pack", points=2)
+class TestPack:
+    @given(SEEDS, st.integers(1, 5), st.integers(1, 5), st.sampled_from([np.uint8, np.int8, np.int64]))
+    def test_puts_every_bit_in_its_place(self, seed, rows, quads, dtype):
+        codes = drawn_codes(seed, rows, quads).astype(dtype)
+        packed = pack(codes)
+        assert packed.dtype == np.int32 and packed.shape == (rows, 4 * quads)
+        np.testing.assert_array_equal(packed, packed_by_hand(codes))
+
+    @given(SEEDS, st.integers(1, 5), st.integers(1, 5))
+    def test_unpacking_gives_the_codes_back(self, seed, rows, quads):
+        codes = drawn_codes(seed, rows, quads)
+        np.testing.assert_array_equal(unpack(pack(codes)), codes)
+
+    def test_leaves_the_codes_alone(self):
+        codes = np.arange(64, dtype=np.uint8)[None] % 16
+        pack(codes)
+        np.testing.assert_array_equal(codes, np.arange(64)[None] % 16)
+
+    @pytest.mark.parametrize("columns", [1, 8, 16, 24, 33])
+    def test_refuses_half_a_load(self, columns):
+        with pytest.raises(ValueError):
+            pack(np.zeros((2, columns), np.uint8))
+
+    @pytest.mark.parametrize("code", [16, 255, -1])
+    def test_refuses_what_is_no_code(self, code):
+        codes = np.zeros((2, 32), np.int64)
+        codes[1, 7] = code
+        with pytest.raises(ValueError):
+            pack(codes)
+
+
+class TestUnpack:
+    @given(SEEDS, st.integers(1, 5), st.integers(1, 5))
+    def test_reads_what_was_packed_by_hand(self, seed, rows, quads):
+        codes = drawn_codes(seed, rows, quads)
+        found = unpack(packed_by_hand(codes))
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, codes)
+
+    def test_nibble_i_of_word_w_is_column_4i_plus_w(self):
+        words = np.array([[1, 2, 3 << 4, 15 << 28, 4, 0, 0, 0]], np.uint32)
+        expected = np.zeros((1, 64), np.uint8)
+        expected[0, [0, 1, 6, 31, 32]] = [1, 2, 3, 15, 4]
+        np.testing.assert_array_equal(unpack(words.view(np.int32)), expected)
+        np.testing.assert_array_equal(packed_by_hand(expected), words.view(np.int32))
+
+
+@pytest.mark.exercise("chapters.quantization.weight_only.weight_only_matmul", points=2)
+class TestProduct:
+    @given(products(tokens=st.integers(1, 4)))
+    def test_is_that_with_each_dequantized_weight(self, product):
+        found = weight_only_matmul(product.x, *product.weights())
+        expected = np.zeros((len(product.x), len(product.codes)))
+        for row, column in np.ndindex(*product.codes.shape):
+            group = column // product.group_size
+            value = float(product.scale[row, group]) * (int(product.codes[row, column]) - int(product.zero[row, group]))
+            expected[:, row] += product.x[:, column].astype(float) * value
+        assert found.dtype == np.float64 and found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, **tolerance(np.float64, product.codes.shape[1], 10))
+
+    @given(products(tokens=st.integers(1, 4)), st.sampled_from([np.float16, np.float32, np.float64]))
+    def test_converts_to_float64_first(self, product, dtype):
+        x, packed, scale, zero = product.arrays()
+        given_ = x.astype(dtype), scale.astype(dtype), zero.astype(dtype)
+        found = weight_only_matmul(given_[0], packed, *given_[1:], product.group_size)
+        inputs, steps, offsets = (torch.from_numpy(part.astype(np.float64)) for part in given_)
+        codes = torch.from_numpy(product.codes).double().unflatten(1, (-1, product.group_size))
+        dense = (steps[..., None] * (codes - offsets[..., None])).flatten(1)
+        expected = torch.nn.functional.linear(inputs, dense).numpy()
+        np.testing.assert_allclose(found, expected, **tolerance(np.float64, codes[0].numel(), 10))
+
+    @pytest.mark.parametrize(
+        ("x", "scale", "zero", "group_size"),
+        [
+            ((1, 31), (2, 1), (2, 1), 32),
+            ((32,), (2, 1), (2, 1), 32),
+            ((1, 32), (2, 1), (2, 1), 16),
+            ((1, 32), (2, 1), (2, 1), 0),
+            ((1, 32), (1, 1), (1, 1), 32),
+            ((1, 32), (2, 1), (2, 2), 32),
+            ((1, 32), (1, 2), (1, 2), 16),
+        ],
+    )
+    def test_refuses_shapes_that_do_not_fit(self, x, scale, zero, group_size):
+        with pytest.raises(ValueError):
+            weight_only_matmul(np.ones(x), np.zeros((2, 4), np.int32), np.ones(scale), np.ones(zero), group_size)
+
+
+def test_refusals_say_what_is_wrong():
+    for codes, complaint in (
+        (np.zeros((2, 24), np.uint8), r"codes must be integers \[out, in\], in a multiple of 32, got uint8 \(2, 24\)"),
+        (np.zeros(32, np.uint8), r"got uint8 \(32,\)"),
+        (np.zeros((0, 32), np.uint8), r"got uint8 \(0, 32\)"),
+        (np.zeros((1, 32)), r"got float64 \(1, 32\)"),
+        (np.full((1, 32), 16), "codes must be from 0 to 15, got 16 to 16"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            pack(codes)
+    with pytest.raises(ValueError, match=r"packed must be int32 .*, got int64 \(2, 4\)"):
+        weight_only_matmul(np.ones((1, 32)), np.zeros((2, 4), np.int64), np.ones((2, 1)), np.ones((2, 1)), 32)
+    with pytest.raises(ValueError, match=r"packed must be int32 .*, got int32 \(2, 3\)"):
+        unpack(np.zeros((2, 3), np.int32))
+    with pytest.raises(ValueError, match=r"x \(1, 31\), packed \(2, 4\), scale \(2, 1\), zero \(2, 1\) do not fit"):
+        weight_only_matmul(np.ones((1, 31)), np.zeros((2, 4), np.int32), np.ones((2, 1)), np.ones((2, 1)), 32)
+
+
+@pytest.mark.kernel
+@pytest.mark.exercise("kernels.quantization.weight_only.matvec_kernel", points=3)
+class TestMatvecKernel:
+    @given(
+        products(tokens=st.just(1)), st.sampled_from([4, 8]), st.sampled_from([64, 256]),
+        st.sampled_from(KERNEL_DTYPES), st.booleans(),
+    )  # fmt: skip
+    def test_equals_the_reference(self, product, block_n, block_k, dtype, aligned):
+        x, *weights = (torch.from_numpy(part).to(DEVICE) for part in product.arrays())
+        held = [poisoned(part, aligned) for part in (x.to(dtype), *weights)]
+        found = weight_only.weight_only_matmul(*held, product.group_size, block_n=block_n, block_k=block_k)
+        expected = oracle("quantization.weight_only").weight_only_matmul(
+            held[0].double().cpu().numpy(), *product.weights()
+        )
+        close = tolerance(dtype, product.x.shape[1], scale=product.largest_term())
+        np.testing.assert_allclose(found.double().cpu().numpy(), expected, **close)
+
+    def test_meets_each_code_with_its_own_activation(self):
+        codes = np.random.default_rng(0).integers(0, 16, (3, 96)).astype(np.uint8)
+        packed = torch.from_numpy(oracle("quantization.weight_only").pack(codes)).to(DEVICE)
+        ones, zeros = torch.ones(3, 3, device=DEVICE), torch.zeros(3, 3, dtype=torch.uint8, device=DEVICE)
+        for column in (0, 1, 4, 31, 32, 95):
+            x = torch.eye(96, device=DEVICE)[column : column + 1].contiguous()
+            found = weight_only.weight_only_matmul(x, packed, ones, zeros, 32)
+            np.testing.assert_array_equal(found[0].cpu().numpy(), codes[:, column])
+
+    @given(products(tokens=st.just(1)), st.sampled_from(KERNEL_DTYPES), st.sampled_from(KERNEL_DTYPES))
+    def test_rounds_nothing_but_the_result(self, product, dtype, scale_dtype):
+        x, packed, scale, zero = (torch.from_numpy(part).to(DEVICE) for part in product.arrays())
+        x, scale = x.to(dtype), scale.to(scale_dtype)
+        found = weight_only.weight_only_matmul(x, packed, scale, zero, product.group_size, block_n=4, block_k=64)
+        x, scale, zero = (part.double().cpu().numpy() for part in (x, scale, zero))
+        steps, offsets = (grid.repeat(product.group_size, axis=1) for grid in (scale, zero))
+        expected = x @ (steps * (product.codes - offsets)).T
+        terms = np.abs(x) @ (steps * (product.codes + offsets)).T  # how much was summed: float32 loses less than 1e-6
+        lost = torch.finfo(dtype).eps / 2 * np.abs(expected) + 1e-6 * terms
+        assert found.dtype is dtype and (np.abs(found.double().cpu().numpy() - expected) <= lost).all()
+
+    @pytest.mark.parametrize(("scale", "x"), [(1e-9, 2.0**15), (1e6, 2.0**-10)])
+    def test_a_scale_need_not_fit_the_precision_of_x(self, scale, x):
+        packed = torch.full((1, 4), 0x11111111, dtype=torch.int32, device=DEVICE)
+        steps, zero = (torch.full((1, 1), part, device=DEVICE) for part in (scale, 0.0))
+        vector = torch.full((1, 32), x, dtype=torch.float16, device=DEVICE)
+        found = weight_only.weight_only_matmul(vector, packed, steps, zero.byte(), 32)
+        assert found.item() == pytest.approx(32 * scale * x, rel=1e-3)
+
+    @pytest.mark.parametrize("begins", [False, True])
+    @pytest.mark.parametrize("which", ["x", "packed", "scale", "zero"])
+    def test_loads_nothing_outside_of_its_inputs(self, which, begins):
+        given_ = arguments(x=torch.ones(1, 96), packed=torch.zeros(3, 12, dtype=torch.int32), scale=torch.ones(3, 3))
+        given_["zero"] = torch.ones(3, 3, dtype=torch.uint8)
+        held = {name: part.to(DEVICE) for name, part in given_.items() if isinstance(part, torch.Tensor)}
+        held[which] = walled(held[which], begins)
+        found = weight_only.weight_only_matmul(**held, group_size=32, block_n=8, block_k=256)
+        np.testing.assert_array_equal(found.cpu().numpy(), np.full((1, 3), -96.0))
+
+
+@pytest.mark.kernel
+class TestKernel:
+    @given(
+        products(tokens=st.sampled_from([2, 3, 16, 17, 33])), st.sampled_from([1, 2, 4]), st.sampled_from([16, 32]),
+        st.sampled_from(KERNEL_DTYPES), st.booleans(),
+    )  # fmt: skip
+    def test_matmul_equals_the_reference(self, product, splits, block, dtype, aligned):
+        x, *weights = (torch.from_numpy(part).to(DEVICE) for part in product.arrays())
+        held = [poisoned(part, aligned) for part in (x.to(dtype), *weights)]
+        blocks = {"block_m": block, "block_n": 16, "block_k": 32, "splits": splits}
+        found = weight_only.weight_only_matmul(*held, product.group_size, **blocks)
+        expected = oracle("quantization.weight_only").weight_only_matmul(
+            held[0].double().cpu().numpy(), *product.weights()
+        )
+        close = tolerance(dtype, product.x.shape[1], scale=product.largest_term())
+        np.testing.assert_allclose(found.double().cpu().numpy(), expected, **close)
+        assert found.dtype is dtype
+
+    @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+    @pytest.mark.parametrize(("tokens", "rows"), [(1, 70), (5, 70), (40, 3)])
+    def test_its_own_configuration_serves_any_shape(self, tokens, rows, dtype):
+        rng = np.random.default_rng(0)
+        packed = torch.from_numpy(rng.integers(-(2**31), 2**31, (rows, 24)).astype(np.int32)).to(DEVICE)
+        scale = torch.full((rows, 2), 0.5, device=DEVICE)
+        zero = torch.full((rows, 2), 3, dtype=torch.uint8, device=DEVICE)
+        x = torch.from_numpy(rng.integers(-3, 4, (tokens, 192))).to(DEVICE, torch.float32)
+        found = weight_only.weight_only_matmul(x.to(dtype), packed, scale, zero, 96)
+        expected = x @ weight_only.dequantize(packed, scale, zero, 96, torch.float32).T
+        assert torch.equal(found, expected.to(dtype)), "sums of halves are exact in any order"
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    @pytest.mark.parametrize("rows", [1, 9, 4096])
+    @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 512, 5000])
+    def test_configurations_divide_groups_and_leave_no_split_empty(self, tokens, rows, dtype):
+        for columns, group in ((32, 32), (96, 96), (4096, 128), (11008, 11008)):
+            chosen = weight_only.configuration(tokens, rows, columns, group, dtype)
+            assert tokens == 1 or group % chosen["block_k"] == 0
+            assert chosen["splits"] <= max(1, columns // chosen["block_k"])
+            assert all(value & (value - 1) == 0 for value in chosen.values()), "Triton's tiles are powers of two"
+
+    def test_plain_torch_unpacks_alike(self):
+        packed = torch.from_numpy(np.random.default_rng(0).integers(-(2**31), 2**31, (3, 8)).astype(np.int32))
+        np.testing.assert_array_equal(weight_only.unpack(packed).numpy(), unpack(packed.numpy()))
+
+
+def arguments(**changed) -> dict:
+    given_ = {
+        "x": torch.ones(2, 64),
+        "packed": torch.zeros(3, 8, dtype=torch.int32),
+        "scale": torch.ones(3, 2),
+        "zero": torch.zeros(3, 2, dtype=torch.uint8),
+        "group_size": 32,
+    }
+    return given_ | changed
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("changed", "error", "complaint"),
+    [
+        ({"x": torch.ones(64)}, ValueError, "must be matrices"),
+        ({"x": torch.ones(0, 64)}, ValueError, "must not be empty"),
+        ({"x": torch.ones(2, 32)}, ValueError, r"packed must be \[N, K / 8\] with K=32"),
+        ({"group_size": 16}, ValueError, "group_size must be a multiple of 32 that divides K=64, got 16"),
+        ({"group_size": 96}, ValueError, "got 96"),
+        ({"group_size": 0}, ValueError, "got 0"),
+        ({"scale": torch.ones(3, 1)}, ValueError, r"scale must be .* \(3, 2\), got \(3, 1\)"),
+        ({"zero": torch.zeros(2, 3, dtype=torch.uint8)}, ValueError, "zero must be"),
+        ({"zero": torch.zeros(3, 2)}, TypeError, "zero must have dtype torch.uint8"),
+        ({"packed": torch.zeros(3, 8, dtype=torch.int64)}, TypeError, "packed must have dtype torch.int32"),
+        ({"x": torch.ones(2, 64, dtype=torch.float64)}, TypeError, "x must have dtype"),
+        ({"x": torch.ones(64, 2).T}, ValueError, "x must be contiguous"),
+        ({"block_k": 64}, ValueError, "block_k=64 must divide group_size=32"),
+    ],
+)
+def test_the_wrapper_names_what_it_refuses(changed, error, complaint):
+    with pytest.raises(error, match=complaint):
+        weight_only.weight_only_matmul(**arguments(**changed))

@@ -1,0 +1,156 @@
+"""The house rules, held by reading the source: which package may import which, how long a file may be, and so on."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("minitfm", "chapters", "kernels")
+LONGEST = 350  # lines of a file; about 300 is what to aim at
+LONGEST_FUNCTION, LONGEST_KERNEL = 25, 45  # lines of code of a function, and of a Triton function
+TEXT = (".py", ".md", ".toml", ".txt", ".json", ".html", ".ipynb", ".yml")
+MACHINE_PATHS = re.compile(r"(?<![\w.])/(?:work|root|home|tmp|opt|Users)/[\w.]")
+BINDING = {path.stem for path in (ROOT / "chapters").glob("*.py")}
+
+# a chapter imports another one only where its method is built on it, and then names the function
+BUILT_ON: dict[str, set[str]] = {
+    "quantization.gptq": {
+        f"chapters.quantization.weight_only.{name}" for name in ("Quantized", "checked", "dequantize", "quantize_each")
+    },
+}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """Every module that a source imports, with whether it does so when it is itself imported (not in a function)."""
+    tree = ast.parse(source)
+    inside = {id(node) for function in functions(tree) for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) not in inside) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide which floor they reach"
+            yield from ((f"{node.module}.{alias.name}", id(node) not in inside) for alias in node.names)
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def reached(path: Path, package: str) -> set[str]:
+    """What the file imports from `package`, anywhere."""
+    return {name for name, _ in imports(path.read_text(encoding="utf-8")) if name.split(".")[0] == package}
+
+
+@pytest.mark.parametrize(
+    ("floor", "above"), [("minitfm", ("chapters", "kernels")), ("kernels", ("minitfm", "chapters"))]
+)
+def test_the_ground_floor_imports_nothing_above_or_beside_it(floor, above):
+    for path in modules(floor):
+        for package in (*above, "tests", "notebooks"):
+            assert not reached(path, package), f"{relative(path)} imports {package}"
+
+
+def test_a_chapter_imports_its_kernel_only_inside_a_function():
+    for path in modules("chapters"):
+        for name, at_once in imports(path.read_text(encoding="utf-8")):
+            assert not (at_once and name.split(".")[0] == "kernels"), f"{relative(path)} imports {name} at its top"
+
+
+def test_no_chapter_imports_another_except_where_its_method_is_built_on_it():
+    for path in modules("chapters"):
+        own = ".".join(path.relative_to(ROOT / "chapters").with_suffix("").parts)
+        if "." not in own:
+            continue  # the binding
+        others = {name for name in reached(path, "chapters") if name.split(".")[1] not in BINDING}
+        assert others <= BUILT_ON.get(own, set()), f"{relative(path)} imports {others}"
+
+
+def test_nothing_imports_the_tests_or_the_notebooks():
+    for package in PACKAGES:
+        for path in modules(package):
+            assert not reached(path, "tests") and not reached(path, "notebooks"), relative(path)
+
+
+def test_the_reader_of_imports_sees_each_kind():
+    source = "import a.b\nfrom c import d\ndef f():\n    from kernels.e import g\n"
+    assert list(imports(source)) == [("a.b", True), ("c.d", True), ("kernels.e.g", False)]
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "tests", "notebooks"])
+def test_files_stay_short(package):
+    lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in modules(package)}
+    assert lengths and not {name: length for name, length in lengths.items() if length > LONGEST}
+
+
+def long_functions(source: str) -> dict[str, int]:
+    """The functions that are too long, with their lines of code: neither docstring, comments nor blank lines count."""
+    lines = source.splitlines()
+    found = {}
+    for function in functions(ast.parse(source)):
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        code = [line for line in lines[body[0].lineno - 1 : body[-1].end_lineno] if line.strip(" #")] if body else []
+        count = sum(not line.lstrip().startswith("#") for line in code)
+        jitted = any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+        if count > (LONGEST_KERNEL if jitted else LONGEST_FUNCTION):
+            found[function.name] = count
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_functions_stay_short(package):
+    found = {relative(path): long_functions(path.read_text(encoding="utf-8")) for path in modules(package)}
+    assert not {name: functions for name, functions in found.items() if functions}
+
+
+def test_a_long_function_is_recognised():
+    body = "    x = 1\n" * LONGEST_FUNCTION
+    assert long_functions("def f():\n" + body + "\n    # why\n") == {}
+    assert long_functions("def f():\n" + body + "    return x\n") == {"f": LONGEST_FUNCTION + 1}
+    assert long_functions("@triton.jit\ndef f():\n" + body + "    return x\n") == {}
+
+
+def undocumented(source: str) -> list[str]:
+    """The public functions and classes of a source that have no docstring, and the file itself if it has none."""
+    tree = ast.parse(source)
+    defined = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    silent = [node.name for node in defined if not node.name.startswith("_") and not ast.get_docstring(node)]
+    return silent + (["the file"] if tree.body and not ast.get_docstring(tree) else [])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_everything_public_says_what_it_does(package):
+    silent = {relative(path): undocumented(path.read_text(encoding="utf-8")) for path in modules(package)}
+    assert not {name: missing for name, missing in silent.items() if missing}
+
+
+def texts() -> list[Path]:
+    """The project's own text files: what git would take, without the folders that it ignores."""
+    top = [path for path in ROOT.iterdir() if path.is_file()]
+    below = [path for folder in (*PACKAGES, "tests", "notebooks", ".ci") for path in (ROOT / folder).rglob("*")]
+    named = [path for path in top + below if path.suffix in TEXT or path.name in ("Makefile", "run", "LICENSE")]
+    return [path for path in named if path.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)]
+
+
+def test_no_file_holds_a_path_of_one_machine():
+    for path in texts():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            found = MACHINE_PATHS.search(line)
+            assert not found, f"{relative(path)}:{number} holds {found[0]!r}"
+
+
+def test_a_machine_path_is_recognised():
+    assert MACHINE_PATHS.search("open('/" + "home/me/x')")
+    assert not MACHINE_PATHS.search("chapters/home/x and a/" + "tmp/b")

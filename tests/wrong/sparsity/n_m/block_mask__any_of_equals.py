@@ -1,0 +1,15 @@
+"""chapters.sparsity.n_m.block_mask: partitions, which keeps any of equal blocks, not the first."""
+
+
+def block_mask(weight: np.ndarray, sparsity: float, rows: int = 4) -> np.ndarray:
+    magnitude = magnitudes(weight)
+    if rows < 1 or len(weight) % rows:
+        raise ValueError(f"weight has {len(weight)} rows, not divisible by rows={rows}")
+    blocks = magnitude.reshape(-1, rows, weight.shape[1]).sum(axis=1)
+    kept = blocks.size - round(sparsity * blocks.size) if 0 <= sparsity < 1 else 0
+    if kept == 0:
+        raise ValueError(f"sparsity must be in [0, 1) and keep one of {blocks.size} blocks, got {sparsity}")
+    mask = np.zeros(blocks.size, dtype=bool)
+    mask[np.argpartition(-blocks, kept - 1, axis=None)[:kept]] = True
+    mask = mask.reshape(blocks.shape)
+    return np.repeat(mask, rows, axis=0)

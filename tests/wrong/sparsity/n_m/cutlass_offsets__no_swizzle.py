@@ -1,0 +1,11 @@
+"""chapters.sparsity.n_m.cutlass_offsets: leaves the two words off the diagonal where they are."""
+
+
+def cutlass_offsets(metadata: np.ndarray) -> np.ndarray:
+    rows, words = metadata.shape
+    strip = 64 // metadata.itemsize
+    if rows % strip or words % 2:
+        raise ValueError(f"CUTLASS's order needs rows divisible by {strip} and even words, got {rows} and {words}")
+    row, column = np.indices((rows, words))
+    row = row // strip * strip + row % 8 * (strip // 8) + row % strip // 8
+    return column // 2 * 2 * rows + row * 2 + column % 2
