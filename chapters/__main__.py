@@ -1,4 +1,4 @@
-"""The book's command line: `python -m chapters list | tour | claim | run | exercise | mistakes | grade`.
+"""The book's command line: `python -m chapters list | tour | claim | run | leaderboard | exercise | …`.
 
 What a chapter offers to `python -m chapters run NAME` is one of three functions, all optional:
 
@@ -30,7 +30,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from chapters import claims, contents, readme, runner, tour, workbook
+from chapters import claims, contents, leaderboard, readme, runner, tour, workbook
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +48,7 @@ def parser() -> Parser:
     add_tour(commands)
     add_claim(commands)
     runner.add_command(commands)
+    add_leaderboard(commands)
     workbook.add_command(commands)
     add_mistakes(commands)
     add_grade(commands)
@@ -78,6 +79,13 @@ def add_claim(commands) -> None:
     command.add_argument("names", nargs="+", metavar="NAME")
     runner.add_lab_options(command)
     command.set_defaults(run=run_claims)
+
+
+def add_leaderboard(commands) -> None:
+    """`leaderboard`: every compression on one scale."""
+    command = commands.add_parser("leaderboard", help="measure bits and perplexity of every compression's settings")
+    command.add_argument("names", nargs="*", metavar="NAME", help="chapters, such as gptq; all if none is given")
+    command.set_defaults(run=leaderboard.run, model=None, text=None, full=True)
 
 
 def add_mistakes(commands) -> None:

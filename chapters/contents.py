@@ -37,6 +37,8 @@ class Entry:
     line    the idea in one line
     paper   authors and year of the paper that it follows, `url` where that paper is
     kernel  dotted name of its kernel file under `kernels`, such as "attention.flash"
+    settings  options of `python -m chapters run NAME` that each make a point of the leaderboard: ["--bits 3"]; may be
+              left out
     """
 
     part: str
@@ -46,6 +48,7 @@ class Entry:
     paper: str
     url: str
     kernel: str
+    settings: tuple[str, ...] = ()
 
     @property
     def dotted(self) -> str:
@@ -92,9 +95,12 @@ def _entry(path: Path, part: str, table: dict[str, Any]) -> Entry:
         if key not in keys:
             raise ValueError(f"{place}: {unknown('key', key, keys)}")
     for key in keys:
-        if not isinstance(table.get(key), str) or not table[key].strip():
+        if key != "settings" and not (isinstance(table.get(key), str) and table[key].strip()):
             raise ValueError(f'{place} needs {key} = "…"')
-    return Entry(part, **table)
+    settings = table.pop("settings", [])
+    if not isinstance(settings, list) or not all(isinstance(setting, str) for setting in settings):
+        raise ValueError(f'{place}: settings must be a list like ["--bits 3"], got {settings!r}')
+    return Entry(part, settings=tuple(settings), **table)
 
 
 CONTENTS = read(Path(__file__).with_name("contents.toml"))

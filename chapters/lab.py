@@ -34,7 +34,7 @@ from minitfm.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-LENGTH = 128  # tokens of a measured sequence: what the base model was trained on
+LENGTH = 128  # tokens of a measured sequence
 QUICK_SEQUENCES, FULL_SEQUENCES = 64, 1024
 QUICK_SECONDS, FULL_SECONDS = 30.0, 600.0  # what a claim may take on two cores
 

@@ -23,8 +23,15 @@ MARKS = {"reproduced": "✓", "not reproduced": "✗", "failed": "!", "not run":
 TRAINING = {"steps": "training steps", "seconds": "training seconds", "command": "trained by"}  # of training.json
 
 
-def write(page: Path, chapters: Sequence[dict], lab: Lab, seconds: float, interrupted: bool = False) -> None:
-    """Render the report of the `chapters` (see `sections`) and put it at `page` whole."""
+def write(
+    page: Path,
+    chapters: Sequence[dict],
+    lab: Lab,
+    seconds: float,
+    interrupted: bool = False,
+    board: dict[str, Any] | None = None,
+) -> None:
+    """Render the report of the `chapters` (see `sections`) and of the leaderboard, and put it at `page` whole."""
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     ).get_template("report.html")
@@ -35,6 +42,7 @@ def write(page: Path, chapters: Sequence[dict], lab: Lab, seconds: float, interr
         model=model_card(lab),
         environment=environment(lab, seconds),
         interrupted=interrupted,
+        board=board,
     )
     with replace_file(page) as temporary:
         temporary.write_text(html, encoding="utf-8")

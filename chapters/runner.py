@@ -54,16 +54,17 @@ def run_chapter(args: argparse.Namespace) -> int:
     offered = next((how for name, how in OFFERS.items() if hasattr(chapter, name)), None)
     if offered is None:
         raise ValueError(f"{entry.title} has nothing to run; its finding is: python -m chapters claim {entry.name}")
-    options = chapter_parser(args, entry, chapter).parse_args(args.options)
+    options = chapter_parser(args.parser_class, entry).parse_args(args.options)
     if options.save and not hasattr(chapter, "apply"):
         raise ValueError(f"--save: {entry.title} leaves the weights as they are, there is nothing to save")
     offered(entry, chapter, make_lab(options), options)
     return 0
 
 
-def chapter_parser(args: argparse.Namespace, entry: contents.Entry, chapter: ModuleType) -> argparse.ArgumentParser:
-    """Options of `run NAME`: the lab's, calibration, --save, and the chapter's own."""
-    parser = args.parser_class(prog=f"python -m chapters run {args.name}", description=f"{entry.title}: {entry.line}")
+def chapter_parser(kind: type[argparse.ArgumentParser], entry: contents.Entry) -> argparse.ArgumentParser:
+    """Options of `run NAME`, in a parser of that kind: the lab's, calibration, --save, and the chapter's own."""
+    chapter = entry.module()
+    parser = kind(prog=f"python -m chapters run {entry.name}", description=f"{entry.title}: {entry.line}")
     add_lab_options(parser)
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the changed model as a checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration text (default 0)")
@@ -80,10 +81,7 @@ def run_apply(entry: contents.Entry, chapter: ModuleType, lab: Lab, args: argpar
     block_weights = sum(layer.weight.numel() for layer in surgery.linears(model).values())
     if args.save:
         require_writable(args.save)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        measured = chapter.apply(model, lab.calibration(args.seed, args.sequences), args)
-    report = {name: value if isinstance(value, str) else float(value) for name, value in measured.items()}
+    report = compress(chapter, model, lab, args)
     bits = float(report.pop("bits per weight"))
     rest = 32 * (lab.parameters - block_weights)
     rows = {
@@ -95,6 +93,14 @@ def run_apply(entry: contents.Entry, chapter: ModuleType, lab: Lab, args: argpar
     print_comparison(entry.title, rows)
     if args.save:
         save(args.save, model, lab, names, {"technique": entry.dotted, "bits per weight": bits, **report})
+
+
+def compress(chapter: ModuleType, model: Transformer, lab: Lab, args: argparse.Namespace) -> dict[str, float | str]:
+    """Let `chapter` compress `model` in place, its random draws seeded by `args.seed`; what it reports."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        measured = chapter.apply(model, lab.calibration(args.seed, args.sequences), args)
+    return {name: value if isinstance(value, str) else float(value) for name, value in measured.items()}
 
 
 def save(folder: Path, model: Transformer, lab: Lab, names: set[str], extra: dict) -> None:

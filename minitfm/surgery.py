@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -41,7 +42,8 @@ def record_inputs(
     """Stream what reaches the named submodules: yields (name, input `[b, T, in]`) in execution order.
 
     tokens `[N, T]` run through the model `batch` sequences at a time and one batch's inputs are all that is ever
-    held, so a Hessian or a maximum over any number of tokens needs memory for one batch only.
+    held, so a Hessian or a maximum over any number of tokens needs memory for one batch only. What comes after the last
+    of the submodules, each of which must run once in a pass, is not computed.
     Raises ValueError for empty tokens, KeyError for an unknown name.
     """
     if tokens.dim() != 2 or tokens.numel() == 0:
@@ -51,17 +53,27 @@ def record_inputs(
         raise KeyError(f"the model has no submodules {missing}")
     for sequences in tokens.split(batch):
         seen: list[tuple[str, Tensor]] = []
-        hooks = [modules[name].register_forward_pre_hook(partial(_note_input, seen, name)) for name in names]
+        note = partial(_note_input, seen, len(names))
+        hooks = [modules[name].register_forward_pre_hook(partial(note, name)) for name in names]
         try:
-            model(sequences)
+            with suppress(_SeenAllError):
+                model(sequences)
         finally:
             for hook in hooks:
                 hook.remove()
         yield from seen
 
 
-def _note_input(seen: list[tuple[str, Tensor]], name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+class _SeenAllError(Exception):
+    """Leaves a forward pass whose rest nobody needs."""
+
+
+def _note_input(
+    seen: list[tuple[str, Tensor]], wanted: int, name: str, _module: nn.Module, args: tuple[Tensor, ...]
+) -> None:
     seen.append((name, args[0].detach()))
+    if len(seen) == wanted:
+        raise _SeenAllError
 
 
 def norm_readers(model: Transformer) -> dict[str, list[str]]:

@@ -112,6 +112,8 @@ def test_entries_come_by_part_and_within_one_in_the_order_of_the_file(file):
         ("[[sparsity]]", "[[sparcity]]", r"no part is called 'sparcity'; did you mean 'sparsity'\?"),
         ("[[sparsity]]", "[sparsity]", r"each technique begins with \[\[sparsity\]\]"),
         ('title = "A title"', "title = A title", r"Invalid value \(at line 4"),
+        ("title =", 'settings = "--bits 3"\ntitle =', r"sparsity\.z: settings must be a list like .*, got '--bits 3'"),
+        ("title =", "settings = [3]\ntitle =", r"sparsity\.z: settings must be a list like .*, got \[3\]"),
     ],
 )
 def test_a_table_that_is_not_complete_is_refused_with_its_place(file, right, wrong, complaint):

@@ -84,6 +84,15 @@ def test_recording_streams_one_batch_at_a_time_and_leaves_no_hook():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_what_comes_after_the_last_recorded_layer_is_not_computed():
+    model = tiny_model()
+    reached = []
+    for name in ("blocks.0.attention.k_proj", "blocks.0.attention.o_proj", "blocks.1"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: reached.append(name))
+    names = [name for name, _ in surgery.record_inputs(model, tokens(1, 4), ["blocks.0.attention.o_proj"])]
+    assert names == ["blocks.0.attention.o_proj"] and reached == ["blocks.0.attention.k_proj"]
+
+
 def test_recording_refuses_what_it_cannot_record():
     with pytest.raises(KeyError, match=r"blocks\.7"):
         list(surgery.record_inputs(tiny_model(), tokens(1, 4), ["blocks.7"]))
