@@ -47,8 +47,9 @@ def prove(names: list[str], root: Path = ROOT, limit: float = 60) -> list[Proof]
     the form above or belongs to no exercise.
     """
     found = exercises(root)
-    planted = planted_mistakes(found, root)
-    chosen = [exercise for exercise in choose(found, names) if runnable(exercise)]
+    wanted = choose(found, names)
+    planted = planted_mistakes(found, wanted, root)
+    chosen = [exercise for exercise in wanted if runnable(exercise)]
     proofs = [_variants(exercise, planted[exercise.function], root) for exercise in chosen]
     jobs = [(proof.exercise, source.encode()) for proof in proofs for source in proof.variants.values()]
     verdicts = iter(judge_all(jobs, root, limit))
@@ -57,16 +58,18 @@ def prove(names: list[str], root: Path = ROOT, limit: float = 60) -> list[Proof]
     return proofs
 
 
-def planted_mistakes(found: list[Exercise], root: Path = ROOT) -> dict[str, dict[str, str]]:
-    """For every exercise its planted mistakes: {"gptq__wrong_axis": source of the wrong function}."""
-    planted: dict[str, dict[str, str]] = {exercise.function: {} for exercise in found}
-    by_name = {exercise.function: exercise for exercise in found}
+def planted_mistakes(found: list[Exercise], wanted: list[Exercise], root: Path = ROOT) -> dict[str, dict[str, str]]:
+    """For every wanted exercise of those found its mistakes: {"gptq__wrong_axis": source of the wrong function}."""
+    known = {exercise.function for exercise in found}
+    planted: dict[str, dict[str, str]] = {exercise.function: {} for exercise in wanted}
+    by_name = {exercise.function: exercise for exercise in wanted}
     for path in sorted((root / "tests" / "wrong").rglob("*.py")):
         function, wrong = _read_mistake(path)
-        if function not in planted:
+        if function not in known:
             raise ValueError(f"{path}: {function} is not an exercise")
-        _require_replaceable(path, wrong, by_name[function], root)
-        planted[function][path.stem] = wrong
+        if function in planted:
+            _require_replaceable(path, wrong, by_name[function], root)
+            planted[function][path.stem] = wrong
     return planted
 
 

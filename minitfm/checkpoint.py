@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from minitfm.tokenizer import Tokenizer
 
 FORMAT = "minitfm"
 BASE = Path(__file__).parent / "base"
+Prepare = Callable[[Transformer, dict[str, Tensor]], None]
 LAYOUT = (
     "give a folder with config.json, model.safetensors and tokenizer.json (ours or Hugging Face's), "
     "or a llama2.c .bin file with its tok*.bin beside it"
@@ -95,10 +96,16 @@ def base(attend: Attend = causal_attention, feed_forward: MakeFeedForward = dens
 
 
 def load(
-    path: Path | str, attend: Attend = causal_attention, feed_forward: MakeFeedForward = dense_feed_forward
+    path: Path | str,
+    attend: Attend = causal_attention,
+    feed_forward: MakeFeedForward = dense_feed_forward,
+    prepare: Prepare | None = None,
 ) -> Checkpoint:
     """Read our folder, a Hugging Face Llama-family folder, or a llama2.c .bin file; float32, evaluation mode.
 
+    A model that was saved with other modules in it, such as layers that hold packed weights, needs them again:
+    `prepare(model, tensors)` puts them in place before the tensors are checked and filled in, and raises ValueError
+    where these make no such modules.
     Raises CheckpointError, one line, for anything missing, truncated, foreign, of a wrong shape or not finite.
     """
     try:
@@ -108,6 +115,8 @@ def load(
                 f"the tokenizer has {source.tokenizer.vocab_size} tokens, the model only {source.config.vocab_size}"
             )
         model = Transformer(source.config, attend, feed_forward)
+        if prepare is not None:
+            prepare(model, source.tensors)
         fill(model, source.tensors)
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
@@ -143,15 +152,23 @@ def read_ours(folder: Path, values: dict[str, Any]) -> Source:
 def fill(model: Transformer, tensors: dict[str, Tensor]) -> None:
     """Copy checked tensors into the model. ValueError for names, shapes, dtypes or values that cannot be right."""
     wanted = stored(model)
-    if missing := sorted(set(wanted) - set(tensors)):
-        raise ValueError(f"{len(missing)} tensors are missing, {missing[0]} first")
-    if foreign := sorted(set(tensors) - set(wanted)):
-        raise ValueError(f"{len(foreign)} tensors are unknown to the model, {foreign[0]} first")
+    missing, foreign = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    lack = f"{len(missing)} tensors are missing, {missing[0]} first" if missing else ""
+    surplus = f"{len(foreign)} tensors are unknown to the model, {foreign[0]} first" if foreign else ""
+    if lack and surplus:
+        raise ValueError(
+            f"{lack}; {surplus}: if other modules were in the model when it was saved, load it by the chapter that put "
+            "them there, which training.json names"
+        )
+    if lack or surplus:
+        raise ValueError(lack or surplus)
     for name, tensor in tensors.items():
+        kind = wanted[name].dtype
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, config.json asks for {list(wanted[name].shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
+        if kind.is_floating_point != tensor.is_floating_point() or not (kind.is_floating_point or tensor.dtype == kind):
+            allowed = "floating-point numbers" if kind.is_floating_point else kind
+            raise ValueError(f"{name} holds {tensor.dtype}, not {allowed}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds values that are not finite")
     model.load_state_dict(tensors, strict=False)  # strict in all but the tied head, by the checks above

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitfm.cache import Cache
 from minitfm.model import Transformer
 from minitfm.tokenizer import Tokenizer
 
@@ -40,6 +41,25 @@ def mean_nll(model: Transformer, tokens: Tensor, batch: int = 16) -> float:
 def perplexity(model: Transformer, tokens: Tensor, batch: int = 16) -> float:
     """exp(mean next-token negative log-likelihood) over tokens `[N, T]`: fixed, non-overlapping windows of T."""
     return math.exp(mean_nll(model, tokens, batch))
+
+
+@torch.no_grad()
+def cached_perplexity(model: Transformer, tokens: Tensor, cache: Cache, prompt: int, step: int = 1) -> float:
+    """Perplexity of what stands in tokens `[N, T]` after position `prompt`, read through an empty cache of batch N.
+
+    The first `prompt` tokens are prefilled, the others fed `step` at a time: 1 is decoding. Raises ValueError unless
+    1 <= prompt < T - 1 and step >= 1.
+    """
+    last = tokens.shape[1] - 1
+    if not 1 <= prompt < last or step < 1:
+        raise ValueError(f"need 1 <= prompt < {last} and step >= 1, got prompt={prompt}, step={step}")
+    model(tokens[:, :prompt], cache)
+    total = 0.0
+    for start in range(prompt, last, step):
+        end = min(start + step, last)
+        logits = model(tokens[:, start:end], cache).flatten(0, 1).double()
+        total += F.cross_entropy(logits, tokens[:, start + 1 : end + 1].flatten(), reduction="sum").item()
+    return math.exp(total / tokens[:, prompt + 1 :].numel())
 
 
 def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:

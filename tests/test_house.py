@@ -19,8 +19,17 @@ BINDING = {path.stem for path in (ROOT / "chapters").glob("*.py")}
 
 # a chapter imports another one only where its method is built on it, and then names the function
 BUILT_ON: dict[str, set[str]] = {
+    "quantization.awq": {
+        f"chapters.quantization.weight_only.{name}" for name in ("Quantized", "checked", "quantize_each")
+    },
+    "quantization.calibration": {"chapters.quantization.uniform.rounded"},
+    "quantization.gobo": {"chapters.quantization.weight_only.checked"},
     "quantization.gptq": {
         f"chapters.quantization.weight_only.{name}" for name in ("Quantized", "checked", "dequantize", "quantize_each")
+    },
+    "quantization.lut_gemm": {
+        "chapters.quantization.gptq.round_to_nearest",
+        *(f"chapters.quantization.weight_only.{name}" for name in ("Quantized", "checked", "quantize_each")),
     },
 }
 

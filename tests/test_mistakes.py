@@ -96,4 +96,4 @@ def test_a_wrong_solution_and_a_skeleton_that_cannot_be_imported_are_faults(book
 def test_a_planted_mistake_in_another_form_is_refused(book, name, text, complaint):
     write(book / f"tests/wrong/demo/mean/{name}.py", text)
     with pytest.raises(ValueError, match=rf"{name}\.py: .*{complaint}"):
-        mistakes.planted_mistakes(exercises(book), book)
+        mistakes.planted_mistakes(exercises(book), exercises(book), book)

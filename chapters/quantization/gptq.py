@@ -1,6 +1,6 @@
 """GPTQ: round the weights one column at a time, and let the columns not yet rounded repair the damage.
 
-Rounding every weight to the nearest grid value (round to nearest, RTN) keeps W, but a layer is judged by its outputs:
+Rounding each weight to the nearest grid value (round to nearest, RTN) keeps W, but a layer is judged by its outputs:
 
     minimise ‖X (W − Q)ᵀ‖²  =  Σ_rows (w − q) (XᵀX) (w − q)ᵀ        over Q on the grid
 
@@ -9,17 +9,18 @@ With H = 2 XᵀX, the Hessian of that loss, and H⁻¹ = UᵀU, U upper triangul
     q_i   = round(w_i),      e = (w_i − q_i) / U_ii,      w_j ← w_j − e U_ij   for j > i
 
 Row i of U over U_ii is what the inverse Hessian of the columns from i on says about column i: one factorisation
-replaces an inverse per column. All rows of W share U, so one step serves them all.
+replaces an inverse per column, and serves all rows. Its ancestor OBQ (`obq`) rounds whichever weight of a row costs
+least next, which takes in³ operations for each row.
 
 Saves    bytes: a weight takes `bits` instead of 16, and each group of g weights in a row one 16-bit scale and one
          zero point of `bits`: bits + (16 + bits) / g per weight. Decoding, which waits for weights, gains as much.
 Costs    a calibration pass, and about out·in² + in³ operations per layer, once; no training.
-Paper    Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, section 3 and algorithm 1.
-Follows  the authors' release (IST-DASLab/gptq): unsigned codes, dequantized as scale * (code − zero); ties to even; the
-         range always holds 0; symmetric grids are 2 absmax / (2^bits − 1) wide with zero = 2^(bits−1), so that their
-         top end clips; a group's grid is fitted at its first column, to W as the finished *blocks* of columns left it.
+Paper    Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, section 3. OBQ: arXiv:2208.11580, section 5.
+Follows  the authors' releases (IST-DASLab/gptq, OBC): unsigned codes, dequantized as scale * (code − zero); ties to
+         even; the range always holds 0; symmetric grids are 2 absmax / (2^bits − 1) wide with zero = 2^(bits−1), so
+         that their top end clips; a group's grid is fitted at its first column, to W as finished *blocks* left it.
 Symbols  W `[out, in]`; X `[tokens, in]`; H, U `[in, in]`; codes `[out, in]`; scale, zero `[out, groups]`.
-Kernel   kernels/quantization/weight_only.py
+Kernel   kernels/quantization/gptq.py; what multiplies by the codes: kernels/quantization/weight_only.py
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from chapters.claims import Claim
@@ -41,10 +43,10 @@ from minitfm.model import Transformer
 
 
 def quantize(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
-    """Nearest codes, uint8 in the shape of weight; scale and zero, which holds integers, broadcast to it.
+    """Nearest codes, uint8; scale and zero, which holds integers, broadcast to weight. Nothing is modified.
 
-    weight / scale is rounded first, halves to the even number; then zero is added, and the sum clipped to
-    0 .. 2**bits − 1, however large it is. All in the precision of the arguments, which are not modified.
+    weight / scale is rounded first, halves to the even number, in the arguments' precision; then zero is added, and the
+    sum clipped to 0 .. 2**bits − 1, however large it is.
     """
     return np.clip(np.rint(weight / scale) + zero, 0, 2**bits - 1).astype(np.uint8)
 
@@ -57,17 +59,14 @@ def _grid_between(low: np.ndarray, high: np.ndarray, bits: int, symmetric: bool)
     return scale, np.full_like(scale, 2 ** (bits - 1)) if symmetric else np.rint(-low / scale)
 
 
-def find_grid(
-    weight: np.ndarray, bits: int, symmetric: bool = False, mse: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fit a grid to each row of weight `[out, n]` or `[out, groups, n]`: (scale, zero), each without the last axis.
+def find_grid(weight: np.ndarray, bits: int, symmetric=False, mse=False) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a grid to each row of weight `[out, n]` or `[out, groups, n]`: (scale, zero) in its dtype, without n.
 
-    Both have the dtype of weight, which is not modified.
     The range runs from min(row, 0) to max(row, 0). `symmetric` widens it to ±absmax where the row has a negative
     value (a row without one keeps [0, max], as released) and sets zero = 2**(bits−1). A row of zeros takes the range
     [−1, 1]. scale = range / (2**bits − 1); zero = −low / scale, rounded to an integer, ties to even.
     `mse` then tries the range shrunk at both ends by i%, i = 0 .. 79, keeping each row's first least Σ|error|^2.4.
-    Raises ValueError where a range overflows or vanishes. Source: quant.py, find_params.
+    Weight is not modified. ValueError where a range overflows or vanishes. Source: quant.py, find_params.
     """
     low, high = np.minimum(weight.min(axis=-1), 0), np.maximum(weight.max(axis=-1), 0)
     if symmetric:
@@ -117,9 +116,8 @@ def hessian(batches: Iterable[np.ndarray]) -> np.ndarray:
 def inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
     """Upper triangular U `[in, in]` with UᵀU = (H + damping · mean(diag H) · I)⁻¹: the Cholesky factor of the inverse.
 
-    Its diagonal is positive. hessian, symmetric float64, is not modified. Raises ValueError if the damped one is not
-    positive definite, or so only by rounding: if a squared diagonal element of its own Cholesky factor is less than
-    1e-12 of that element of the damped matrix, be they of size 1e-20. Source: gptq.py, fasterquant.
+    hessian, symmetric float64, is not modified. ValueError if the damped one is not positive definite, or just by
+    rounding: if a squared diagonal element of its Cholesky factor is below 1e-12 of its own. Source: fasterquant.
     """
     damped = hessian + damping * np.diag(hessian).mean() * np.eye(len(hessian))
     try:
@@ -143,17 +141,10 @@ def _checked_hessian(hessian: np.ndarray, columns: int, damping: float, block_si
 
 
 def gptq(
-    weight: np.ndarray,
-    hessian: np.ndarray,
-    bits: int,
-    group_size: int | None = None,
-    symmetric: bool = False,
-    mse: bool = False,
-    act_order: bool = False,
-    static_groups: bool = False,
-    damping: float = 0.01,
+    weight: np.ndarray, hessian: np.ndarray, bits: int, group_size: int | None = None, symmetric: bool = False,
+    mse: bool = False, act_order: bool = False, static_groups: bool = False, damping: float = 0.01,
     block_size: int = 128,
-) -> Quantized:
+) -> Quantized:  # fmt: skip
     """Quantize weight `[out, in]` so that its outputs under `hessian` `[in, in]` change little; neither is modified.
 
     bits            1 .. 8
@@ -166,9 +157,9 @@ def gptq(
 
     Columns that no input reaches (H_jj = 0 exactly) are dead: H_jj = 1 first of all, which also decides their place in
     act_order, and their weights 0 (the grids of whole rows still see them). The grid of a group is fitted at its first
-    column to W without the errors of the current block. Codes and `group_of_column` of the result are in the
-    order of W's columns, whatever order they were rounded in. Raises ValueError for what is out of range, not finite,
-    ill shaped, not symmetric or, damped, not positive definite. Source: gptq.py, fasterquant.
+    column to W without the errors of the current block. Codes and `group_of_column` are in the order of W's columns.
+    Raises ValueError for what is out of range, not finite, ill shaped, not symmetric or not positive definite when
+    damped. Source: gptq.py, fasterquant.
     """
     weight, size = checked(weight, bits, group_size)
     hessian = _checked_hessian(hessian, weight.shape[1], damping, block_size)
@@ -195,6 +186,41 @@ def gptq(
     return Quantized(codes, scale, zero, group[np.argsort(order)], bits)
 
 
+def obq(
+    weight: np.ndarray, hessian: np.ndarray, bits: int, symmetric: bool = False, mse: bool = False, damping: float = 0
+) -> Quantized:
+    """Quantize weight `[out, in]` one grid per row, in each row the cheapest weight first; arguments as in `gptq`.
+
+    With P = (damped H)⁻¹ of its own, each row, until all of it is rounded, picks j: a weight that is 0 and left;
+    else, by the outlier rule, the largest (w − q)² of those left if that is above scale² / 4; else the least
+    (w − q)² / P_jj of those left. q is w rounded to the grid. Then code j is fixed, the row becomes
+    w − P_:j (w_j − q_j) / P_jj, and P becomes P − P_:j P_j: / P_jj. Ties: the first column. Zeros of W thus stay 0 and
+    take no part. Dead columns: H_jj = 1 and weights 0 first of all, before grids are fitted. Errors as in `gptq`: a
+    singular H, to whose diagonal the release adds 1, is refused. Source: trueobs.py, quantize.
+    """
+    w, _ = checked(weight, bits, None)
+    hessian = _checked_hessian(hessian, w.shape[1], damping, 1)
+    dead, row, left = np.diag(hessian) == 0, np.arange(len(w)), np.ones(w.shape, bool)
+    hessian[dead, dead], w[:, dead] = 1, 0
+    upper, codes = inverse_factor(hessian, damping), np.empty(w.shape, np.uint8)
+    inverse = np.repeat((upper.T @ upper)[None], len(w), axis=0)  # [out, in, in]
+    scale, zero = find_grid(w[:, None], bits, symmetric, mse)  # [out, 1]
+    for _ in range(w.shape[1]):
+        nearest = quantize(w, scale, zero, bits)
+        error = w - dequantize(nearest, scale, zero)
+        squares = np.where(left, error**2, 0)
+        cost = np.divide(squares, np.einsum("rjj->rj", inverse), out=np.full(w.shape, np.inf), where=left)
+        cost[left & (w == 0)] = -1
+        j = cost.argmin(axis=1)
+        outlier = (squares > scale**2 / 4).any(axis=1) & (w[row, j] != 0)
+        j = np.where(outlier, squares.argmax(axis=1), j)
+        codes[row, j], left[row, j] = nearest[row, j], False
+        spread = inverse[row, :, j] / inverse[row, j, j][:, None]  # [out, in]
+        w -= spread * error[row, j][:, None]
+        inverse -= spread[:, :, None] * inverse[row, j][:, None, :]
+    return Quantized(codes, scale, zero, np.zeros(w.shape[1], int), bits)
+
+
 def stages(model: Transformer, true_sequential: bool) -> list[list[str]]:
     """Linear layers that are quantized together, from the same inputs: blocks, or the steps within blocks."""
 
@@ -214,20 +240,30 @@ def hessians(model: Transformer, tokens: Tensor, names: list[str]) -> dict[str, 
     return {name: (2 / len(tokens) * total).cpu().numpy() for name, total in totals.items()}
 
 
+def solve(weight: Tensor, statistics: np.ndarray, bits: int, **options) -> Quantized:
+    """`gptq` of a layer's weight, options as there: by the reference, or on CUDA in float64 by the kernel."""
+    if not weight.is_cuda:
+        return gptq(weight.numpy(force=True), statistics, bits, **options)
+    from kernels.quantization.gptq import gptq as kernel
+
+    found = kernel(weight.double(), torch.from_numpy(statistics).to(weight.device), bits, **options)
+    codes, scale, zero, group = (part.numpy(force=True) for part in found)
+    return Quantized(codes, scale, zero, group, bits)
+
+
 @torch.no_grad()
 def quantize_model(
     model: Transformer, tokens: Tensor, bits: int, true_sequential: bool = False, **options
 ) -> dict[str, Quantized]:
-    """Quantize the linear layers of the blocks by `gptq`, in place: their weights become the dequantized ones.
+    """Give the linear layers of the blocks, in place, the values that `gptq` with `options` leaves them; returns all.
 
-    tokens `[N, T]` are calibration text; options are those of `gptq`. Blocks are taken in their order, and each sees
-    what comes through the quantized blocks before it; with `true_sequential` a layer also sees the quantized layers
-    before it in its block. Returns what each layer became. ValueError for empty tokens and as `gptq` raises it.
+    tokens `[N, T]` are calibration text. Each block sees what comes through the quantized blocks before it; with
+    `true_sequential` a layer also sees those before it in its block. ValueError for no tokens and as in `gptq`.
     """
     layers, done = surgery.linears(model), {}
     for names in stages(model, true_sequential):
         for name, statistics in hessians(model, tokens, names).items():
-            done[name] = gptq(layers[name].weight.numpy(force=True), statistics, bits, **options)
+            done[name] = solve(layers[name].weight, statistics, bits, **options)
             layers[name].weight.copy_(torch.from_numpy(done[name].dequantize()))
     return done
 
@@ -238,12 +274,10 @@ def round_model(model: Transformer, bits: int, **options) -> dict[str, Quantized
 
 
 FLAGS = {
-    "symmetric": "zero point in the middle of the grid",
-    "mse": "shrink ranges to the least error",
-    "act_order": "columns with large inputs first",
-    "static_groups": "with act-order, groups of neighbouring columns",
+    "symmetric": "zero point in the middle of the grid", "mse": "shrink ranges to the least error",
+    "act_order": "columns with large inputs first", "static_groups": "with act-order, groups of neighbouring columns",
     "true_sequential": "calibrate each layer after the ones before it in its block",
-}
+}  # fmt: skip
 
 
 def options(parser) -> None:
@@ -257,47 +291,60 @@ def options(parser) -> None:
 
 def apply(model: Transformer, tokens: Tensor, args) -> dict[str, float | str]:
     """Quantize `model` in place as `options` asked; the figures that `python -m chapters run gptq` prints."""
-    chosen = {name: getattr(args, name) for name in ("group_size", "damping", *FLAGS)}
-    done = quantize_model(model, tokens, args.bits, **chosen).values()
-    bits = np.average([held.bits_per_weight() for held in done], weights=[held.codes.size for held in done])
-    return {"bits per weight": float(bits)}
+    chosen = {name: getattr(args, name) for name in ("bits", "group_size", "damping", *FLAGS)}
+    done = quantize_model(model, tokens, **chosen).values()
+    sizes = [held.codes.size for held in done]
+    return {"bits per weight": float(np.average([held.bits_per_weight() for held in done], weights=sizes))}
 
 
 GRIDS = {None: "per row", 32: "in groups of 32"}
 ROLES = {("RTN", None): "baseline", ("GPTQ", None): "method", ("RTN", 32): "third", ("GPTQ", 32): "second"}
 
 
-def perplexities(lab: Lab, method: str, group_size: int | None, bits: int) -> list[float]:
-    """Perplexity of the model under a method: one number for RTN, for GPTQ one for each calibration text."""
+def perplexities(lab: Lab, method: str, group_size: int | None, bits: int, planted=False, **options) -> list[float]:
+    """Perplexity: one for RTN, for GPTQ one per calibration text; `planted`: four input channels 16 times as large."""
     found = []
     for seed in lab.seeds if method == "GPTQ" else [0]:
         model = lab.model()
-        if method == "GPTQ":
-            quantize_model(model, lab.calibration(seed, 128 if lab.full else 32), bits, group_size=group_size)
-        else:
+        if planted:
+            surgery.plant_outliers(model, channels=4, factor=16)
+        if method == "RTN":
             round_model(model, bits, group_size=group_size)
+        else:
+            tokens = lab.calibration(seed, 128 if lab.full else 32)
+            quantize_model(model, tokens, bits, group_size=group_size, **options)
         found.append(lab.perplexity(model))
     return found
 
 
+def picture(means: dict[tuple, float], base: float, widths: tuple[int, ...]) -> Figure:
+    """Perplexity over bits, for each method and grid."""
+    fig, axes = figure()
+    for key, role in ROLES.items():
+        axes.plot(widths, [means[*key, bits] for bits in widths], **series(role), label=f"{key[0]} {GRIDS[key[1]]}")
+    axes.axhline(base, **series("reference"), label="full precision")
+    axes.set(xlabel="bits per code", ylabel="perplexity", yscale="log", xticks=widths)
+    axes.yaxis.set(major_formatter="{x:.0f}", minor_formatter="{x:.0f}")
+    legend(axes)
+    return fig
+
+
 def claim(lab: Lab) -> Claim:
-    """At 3 bits GPTQ loses less than round to nearest: per row and in groups of 32, whatever the calibration text."""
+    """At 3 bits GPTQ loses less than RTN, whatever grid and text; in full also: act-order helps against outliers."""
     base, widths = lab.base_perplexity, (2, 3, 4)
     found = {(*key, bits): perplexities(lab, *key, bits=bits) for key in ROLES for bits in widths}
     holds = all(max(found["GPTQ", grid, 3]) < found["RTN", grid, 3][0] for grid in GRIDS)
     rise = {key: float(np.mean(values)) - base for key, values in found.items()}
     pairs = [f"{rise['GPTQ', grid, 3]:.2f} against {rise['RTN', grid, 3]:.2f} {words}" for grid, words in GRIDS.items()]
-    verdict = f"At 3 bits GPTQ {'loses' if holds else 'does not lose'} less than rounding to nearest: "
-    sentence = verdict + f"perplexity {base:.2f} rises by {' and '.join(pairs)}."
-    fig, axes = figure()
-    for (method, grid), role in ROLES.items():
-        means = [base + rise[method, grid, bits] for bits in widths]
-        axes.plot(widths, means, **series(role), label=f"{method} {GRIDS[grid]}")
-    axes.axhline(base, **series("reference"), label="full precision")
-    axes.set(xlabel="bits per code", ylabel="perplexity", yscale="log", xticks=widths)
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
-    legend(axes)
+    sentence = f"At 3 bits GPTQ {'loses' if holds else 'does not lose'} less than rounding to nearest: "
+    sentence += f"perplexity {base:.2f} rises by {' and '.join(pairs)}"
     numbers = {"perplexity, full precision": base}
     numbers |= {f"rise, {method} {bits} bits {GRIDS[grid]}": value for (method, grid, bits), value in rise.items()}
-    return Claim(sentence, holds, numbers, fig, f"all blocks, asymmetric grids, calibration seeds {lab.seeds}")
+    if lab.full:
+        plain, ordered = (perplexities(lab, "GPTQ", None, 3, planted=True, act_order=order) for order in (False, True))
+        holds = holds and all(better < worse for better, worse in zip(ordered, plain, strict=True))
+        after, before = (float(np.mean(values)) - base for values in (ordered, plain))
+        sentence += f"; with outlier channels planted by {after:.2f} in act-order against {before:.2f} without it"
+        numbers |= {"rise, GPTQ 3 bits, outliers": before, "rise, GPTQ 3 bits, outliers, act-order": after}
+    fig = picture({key: base + value for key, value in rise.items()}, base, widths)
+    return Claim(sentence + ".", holds, numbers, fig, f"all blocks, asymmetric grids, calibration seeds {lab.seeds}")

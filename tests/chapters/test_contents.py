@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import pytest
 
 from chapters import contents, workbook
@@ -62,10 +64,11 @@ def test_a_name_like_nothing_lists_what_there_is():
 
 
 def test_a_part_gives_its_entries_or_names_the_parts():
-    assert [entry.name for entry in contents.part("quantization")] == ["weight_only", "gptq"]
+    listed = tomllib.loads((ROOT / "chapters" / "contents.toml").read_text(encoding="utf-8"))["quantization"]
+    assert [entry.name for entry in contents.part("quantization")] == [table["name"] for table in listed]
     with pytest.raises(ValueError, match="did you mean 'quantization'"):
         contents.part("quantisation")
-    with pytest.raises(ValueError, match="known are quantization, sparsity, attention"):
+    with pytest.raises(ValueError, match=r"known are .*quantization, .*sparsity, .*attention"):
         contents.part("zzzzz")
 
 

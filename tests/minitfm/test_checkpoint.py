@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from minitfm import checkpoint, data
+from minitfm import checkpoint, data, surgery
 from minitfm.checkpoint import CheckpointError
 from minitfm.config import RopeScaling
 from minitfm.evaluate import bits_per_byte
@@ -54,6 +55,68 @@ def test_the_seams_reach_the_loaded_model(tmp_path):
     saved(tmp_path)
     loaded = checkpoint.load(tmp_path, attend=lambda q, k, v: torch.zeros_like(q))
     assert loaded.model.blocks[0].attention.attend(torch.ones(1), None, None) == 0
+
+
+class Steps(nn.Module):
+    """A layer of whole numbers, held in 8 bits."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.steps = nn.Buffer(torch.arange(rows * columns).reshape(rows, columns).to(torch.int8) % 5)
+
+    def forward(self, x):
+        return x @ self.steps.float().T
+
+
+def with_steps(model, tensors) -> None:
+    """A `prepare`: one layer becomes `Steps`, as wide as the checkpoint has it. It notices what it cannot read."""
+    columns = tensors[f"{REPLACED}.steps"].shape[1]
+    if columns > 99:
+        raise ValueError("too wide\nfor this test")
+    surgery.replace(model, REPLACED, Steps(surgery.linears(model)[REPLACED].out_features, columns))
+
+
+REPLACED = "blocks.1.feed_forward.down_proj"
+
+
+def saved_with_steps(folder, columns=None):
+    model = tiny_model(vocab_size=TOKENIZER.vocab_size)
+    layer = surgery.linears(model)[REPLACED]
+    surgery.replace(model, REPLACED, Steps(layer.out_features, columns or layer.in_features))
+    checkpoint.save(folder, model, TOKENIZER)
+    return model
+
+
+def test_prepare_puts_other_modules_in_place(tmp_path):
+    model = saved_with_steps(tmp_path)
+    loaded = checkpoint.load(tmp_path, prepare=with_steps).model
+    assert loaded.get_submodule(REPLACED).steps.dtype is torch.int8
+    assert torch.equal(loaded(tokens(2, 9)), model(tokens(2, 9)))
+
+
+def test_without_prepare_other_modules_are_one_clear_error(tmp_path):
+    saved_with_steps(tmp_path)
+    complaint = (
+        rf"1 tensors are missing, {REPLACED}.weight first; 1 tensors are unknown to the model, {REPLACED}.steps first: "
+        "if other modules .* load it by the chapter that put them there, which training.json names$"
+    )
+    with pytest.raises(CheckpointError, match=complaint):
+        checkpoint.load(tmp_path)
+
+
+def test_what_prepare_refuses_is_a_checkpoint_error(tmp_path):
+    saved_with_steps(tmp_path, columns=100)
+    with pytest.raises(CheckpointError, match=r"too wide for this test$"):
+        checkpoint.load(tmp_path, prepare=with_steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_other_modules_get_their_own_dtype(tmp_path, dtype):
+    saved_with_steps(tmp_path)
+    name = f"{REPLACED}.steps"
+    edit_tensors(lambda tensors: tensors.update({name: tensors[name].to(dtype)}))(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{name} holds {dtype}, not torch.int8"):
+        checkpoint.load(tmp_path, prepare=with_steps)
 
 
 def test_half_precision_is_loaded_as_float32(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitfm import evaluate
+from minitfm.cache import KVCache
 from tests.minitfm.models import TEXT, tiny_model, tiny_tokenizer, tokens
 
 
@@ -34,6 +35,21 @@ def test_perplexity_does_not_depend_on_the_batch(count, batch):
     model, sequences = tiny_model(), tokens(count, 7)
     nats = [nat for row in sequences for nat in surprise(model, row, 32)]
     assert evaluate.perplexity(model, sequences, batch) == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
+
+
+@given(prompt=st.integers(1, 8), step=st.integers(1, 9))
+def test_perplexity_through_a_cache_is_that_of_the_tokens_after_the_prompt(prompt, step):
+    model, sequences = tiny_model(), tokens(3, 10)
+    nats = [nat for row in sequences for nat in surprise(model, row, 32)[prompt:]]
+    found = evaluate.cached_perplexity(model, sequences, KVCache(model.config, batch=3), prompt, step)
+    assert found == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("prompt", "step"), [(0, 1), (9, 1), (3, 0)])
+def test_a_prompt_that_leaves_nothing_to_score_is_refused(prompt, step):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="need 1 <= prompt < 9 and step >= 1"):
+        evaluate.cached_perplexity(model, tokens(1, 10), KVCache(model.config), prompt, step)
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():

@@ -25,7 +25,7 @@ TEMPERS = {
 def keep_only(function: str, chapter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the chapter of GPTQ, let every exercise but `function` be the book's, written yet or not."""
     book = oracle("quantization.gptq")
-    for name in {"find_grid", "quantize", "inverse_factor", "gptq"} - {function}:
+    for name in {"find_grid", "quantize", "inverse_factor", "gptq", "obq"} - {function}:
         monkeypatch.setattr(chapter, name, getattr(book, name))
 
 
@@ -50,10 +50,12 @@ class Product:
     scale: np.ndarray
     zero: np.ndarray
     group_size: int
+    bits: int
 
     def weights(self) -> tuple:
         """The arguments of `weight_only_matmul` after x; what packs them is the book, whatever is under test."""
-        return oracle("quantization.weight_only").pack(self.codes), self.scale, self.zero, self.group_size
+        packed = oracle("quantization.weight_only").pack(self.codes, self.bits)
+        return packed, self.scale, self.zero, self.group_size, self.bits
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """The array arguments of `weight_only_matmul`."""
@@ -64,18 +66,27 @@ class Product:
         return float(np.abs(self.x).max() * 15 * self.scale.max())
 
 
+GROUPS = {  # bits: (groups, runs of 32 columns in each)
+    4: [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3), (3, 3)],
+    3: [(4, 1), (2, 2), (1, 4), (2, 4)],
+    2: [(2, 1), (6, 1), (1, 2), (3, 2)],
+}
+
+
 @st.composite
 def products(draw, tokens) -> Product:
-    """Rows, groups and quads of 32 columns, few of them a power of two."""
+    """Rows, groups and runs of 32 columns, few of them a power of two; a group may end inside a span."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    rows, groups, quads = (draw(st.sampled_from(sizes)) for sizes in ([1, 2, 7, 9], [1, 2, 3], [1, 2, 3]))
-    shape = (rows, groups)
+    bits, rows = draw(st.sampled_from([2, 3, 4])), draw(st.sampled_from([1, 2, 7, 9]))
+    groups, runs = draw(st.sampled_from(GROUPS[bits]))
+    shape, columns = (rows, groups), groups * runs * 32
     return Product(
-        x=rng.standard_normal((draw(tokens), groups * quads * 32)).astype(np.float32),
-        codes=rng.integers(0, 16, (rows, groups * quads * 32)).astype(np.uint8),
+        x=rng.standard_normal((draw(tokens), columns)).astype(np.float32),
+        codes=rng.integers(0, 2**bits, (rows, columns)).astype(np.uint8),
         scale=rng.uniform(0.01, 0.1, shape).astype(np.float32),
         zero=rng.integers(0, 16, shape).astype(np.uint8),
-        group_size=quads * 32,
+        group_size=runs * 32,
+        bits=bits,
     )
 
 
@@ -92,13 +103,22 @@ def layers(draw, columns: tuple[int, ...] = (1, 2, 7, 12, 16, 17, 24), dead: boo
     return Layer(weight, x)
 
 
-def packed_by_hand(codes: np.ndarray) -> np.ndarray:
-    """The packed layout bit by bit: for columns 32 q + 4 i + w, bits 4 i .. 4 i + 3 of word 4 q + w."""
-    words = [[0] * (codes.shape[1] // 8) for _ in codes]
+def packed_by_hand(codes: np.ndarray, bits: int = 4) -> np.ndarray:
+    """The packed layout bit by bit. Column 4 i + w of a run has its bits in nibble i of words w of the run's quads.
+
+    A row of W holds `planes` parts, in each of them four words for every span of columns.
+    """
+    columns = codes.shape[1]
+    runs, planes = {2: (2, 1), 3: (4, 3), 4: (1, 1)}[bits]
+    words = [[0] * (columns * bits // 32) for _ in codes]
     for (row, column), code in np.ndenumerate(codes):
-        quad, place, word = column // 32, column % 32 // 4, column % 4
-        for bit in range(4):
-            words[row][4 * quad + word] += (int(code) >> bit & 1) * 2 ** (4 * place + bit)
+        spans, span, run = columns // (32 * runs), column // (32 * runs), column // 32 % runs
+        place, word = column % 32 // 4, column % 4
+        for bit in range(bits):
+            top = bits == 3 and bit == 2
+            plane, inside = (2, run) if top else (run // 2, bit + (2 * (run % 2) if bits < 4 else 0))
+            index = ((plane if planes > 1 else 0) * spans + span) * 4 + word
+            words[row][index] += (int(code) >> bit & 1) * 2 ** (4 * place + inside)
     return np.array(words, np.uint32).view(np.int32)
 
 
@@ -159,4 +179,29 @@ def column_by_column(
             error = w[i] - grid[0] * (float(codes[row, column]) - grid[1])
             w[i + 1 :] -= error * inverse[i, i + 1 :] / inverse[i, i]
             inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return codes
+
+
+def cheapest_first(layer: Layer, bits: int, damping: float) -> np.ndarray:
+    """OBQ's codes row by row: the inverse of what is left of the Hessian is computed anew for every weight."""
+    hessian, columns = layer.hessian, layer.weight.shape[1]
+    dead = np.diag(hessian) == 0
+    hessian[dead, dead] = 1
+    live = np.where(dead, 0, layer.weight)
+    damped = hessian + damping * np.mean(np.diag(hessian)) * np.eye(columns)
+    codes = np.empty(layer.weight.shape, np.uint8)
+    for row, w in enumerate(live):
+        scale, zero = grid_of_row(w, bits, False)
+        codes[row], w = zero, w.copy()
+        left = [j for j in range(columns) if w[j] != 0]  # zeros are set aside and keep the code of 0
+        while left:
+            inverse = np.linalg.inv(damped[np.ix_(left, left)])
+            errors = [w[j] - scale * (nearest(w[j], scale, zero, bits) - zero) for j in left]
+            if max(abs(error) for error in errors) > scale / 2:
+                pick = max(range(len(left)), key=lambda i: abs(errors[i]))
+            else:
+                pick = min(range(len(left)), key=lambda i: errors[i] ** 2 / inverse[i, i])
+            codes[row, left[pick]] = nearest(w[left[pick]], scale, zero, bits)
+            w[left] -= inverse[:, pick] * errors[pick] / inverse[pick, pick]
+            left.pop(pick)
     return codes

@@ -1,4 +1,4 @@
-"""GPTQ against its definition and the arrays of its authors' code. The kernel: test_weight_only.py."""
+"""GPTQ against its definition and the arrays of its authors' code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chapters.quantization import gptq as chapter
-from chapters.quantization.gptq import find_grid, gptq, inverse_factor, quantize
-from tests.conftest import golden
+from chapters.quantization.gptq import find_grid, gptq, inverse_factor, obq, quantize
+from tests.conftest import DEVICE, golden, kernel
 from tests.quantization.problems import (
     column_by_column,
     grid_between,
@@ -23,6 +24,7 @@ from tests.quantization.problems import (
     range_of_row,
 )
 
+kernel_file = kernel("quantization.gptq")
 VARIANTS = sorted({key.split("/")[0] for key in golden("quant/gptq") if "/" in key})
 BITS = st.sampled_from([1, 2, 3, 4, 8])
 
@@ -231,6 +233,37 @@ class TestGptq:
         gptq(weight, h, 4, act_order=True)
         np.testing.assert_array_equal(weight, copies[0])
         np.testing.assert_array_equal(h, copies[1])
+
+
+@pytest.mark.exercise("chapters.quantization.gptq.obq", points=3)
+@pytest.mark.usefixtures("others_from_the_book")
+class TestObq:  # more in test_gptq_obq.py
+    function = "obq"
+
+    @pytest.mark.parametrize(("variant", "damping"), [("q4_asym", 0.0), ("q2_asym", 0.01)])
+    def test_equals_the_released_code(self, variant, damping):
+        arrays = golden("quant/obq")
+        found = obq(arrays["W"], arrays["H"], int(variant[1]), damping=damping)
+        np.testing.assert_array_equal(found.codes, arrays[f"{variant}/codes"])
+        np.testing.assert_array_equal(found.zero, arrays[f"{variant}/zero"])
+        np.testing.assert_allclose(found.scale, arrays[f"{variant}/scale"], rtol=1e-6)
+        outputs = arrays["X"].astype(float) @ (arrays["W"] - found.dequantize()).T
+        assert np.sum(outputs**2) == pytest.approx(float(arrays[f"{variant}/out_loss"]), rel=1e-5)
+
+
+@pytest.mark.kernel
+@pytest.mark.exercise("kernels.quantization.gptq.solve_kernel", points=4)
+class TestSolveKernel:  # more in test_gptq_kernel.py
+    @pytest.mark.parametrize("variant", ["b2_asym", "b4_asym_mse", "b4_asym_blk32", "b3_sym_g64_actorder"])
+    def test_equals_the_released_code(self, variant):
+        arrays = golden("quant/gptq")
+        weight, hessian = torch.from_numpy(arrays["W"][:8]).to(DEVICE), torch.from_numpy(arrays["H"]).to(DEVICE)
+        solved = kernel_file.gptq(weight.float(), hessian, **options_of(variant))
+        codes, scale, zero, group = (part.cpu().numpy() for part in solved)
+        released = arrays[f"{variant}/group_of_col"]
+        np.testing.assert_array_equal(codes, arrays[f"{variant}/codes"][:8])
+        np.testing.assert_array_equal(zero[:, group], arrays[f"{variant}/zero"][:8, released])
+        np.testing.assert_allclose(scale[:, group], arrays[f"{variant}/scale"][:8, released], rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -175,9 +175,20 @@ class TestClaim:
     def test_holds_only_if_gptq_loses_less_with_every_calibration(self, monkeypatch, gptq_rise, holds):
         rise = {"RTN": [1.0], "GPTQ": [0.25, gptq_rise]}
         monkeypatch.setattr(chapter, "perplexities", lambda lab, method, grid, bits: [20 + r for r in rise[method]])
-        made = chapter.claim(SimpleNamespace(base_perplexity=20.0, seeds=(0, 1)))
+        made = chapter.claim(SimpleNamespace(base_perplexity=20.0, seeds=(0, 1), full=False))
         assert made.holds is holds and ("GPTQ loses less" in made.sentence) is holds
         assert made.numbers["rise, GPTQ 3 bits per row"] == pytest.approx((0.25 + gptq_rise) / 2)
+
+    @pytest.mark.parametrize(("ordered", "holds"), [([1.0, 2.0], True), ([1.0, 3.5], False)])
+    def test_in_full_act_order_must_help_against_outliers(self, monkeypatch, ordered, holds):
+        def perplexities(lab, method, grid, bits, planted=False, act_order=False):
+            rise = (ordered if act_order else [2.0, 3.0]) if planted else {"RTN": [1.0], "GPTQ": [0.5, 0.5]}[method]
+            return [20 + r for r in rise]
+
+        monkeypatch.setattr(chapter, "perplexities", perplexities)
+        made = chapter.claim(SimpleNamespace(base_perplexity=20.0, seeds=(0, 1), full=True))
+        assert made.holds is holds and "GPTQ loses less" in made.sentence
+        assert made.numbers["rise, GPTQ 3 bits, outliers"] == pytest.approx(2.5)
 
     def test_measures_fresh_copies_once_per_seed(self, model, tokens):
         drawn = []
@@ -191,3 +202,5 @@ class TestClaim:
         assert len(chapter.perplexities(lab, "RTN", None, 3)) == 1 and not drawn
         first, second = chapter.perplexities(lab, "GPTQ", 32, 3)
         assert drawn == [(3, 128), (5, 128)] and first == second
+        lab.perplexity = lambda changed: float(changed.blocks[0].attention_norm.weight.detach().max())
+        assert chapter.perplexities(lab, "GPTQ", None, 3, planted=True, act_order=True) == [16, 16]

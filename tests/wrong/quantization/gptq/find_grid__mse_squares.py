@@ -1,9 +1,7 @@
 """chapters.quantization.gptq.find_grid: mse weighs errors by their square instead of the power 2.4."""
 
 
-def find_grid(
-    weight: np.ndarray, bits: int, symmetric: bool = False, mse: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def find_grid(weight: np.ndarray, bits: int, symmetric=False, mse=False) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.minimum(weight.min(axis=-1), 0), np.maximum(weight.max(axis=-1), 0)
     if symmetric:
         high = np.maximum(high, -low)

@@ -1,9 +1,7 @@
 """chapters.quantization.gptq.find_grid: one range for the whole matrix instead of one for each row."""
 
 
-def find_grid(
-    weight: np.ndarray, bits: int, symmetric: bool = False, mse: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def find_grid(weight: np.ndarray, bits: int, symmetric=False, mse=False) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.minimum(weight.min(), 0) + 0 * weight[..., 0], np.maximum(weight.max(), 0) + 0 * weight[..., 0]
     if symmetric:
         high = np.maximum(high, -low)

@@ -1,9 +1,7 @@
 """chapters.quantization.gptq.find_grid: the range does not always hold 0."""
 
 
-def find_grid(
-    weight: np.ndarray, bits: int, symmetric: bool = False, mse: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def find_grid(weight: np.ndarray, bits: int, symmetric=False, mse=False) -> tuple[np.ndarray, np.ndarray]:
     low, high = weight.min(axis=-1), weight.max(axis=-1)
     if symmetric:
         high = np.maximum(high, -low)

@@ -1,11 +1,17 @@
 """chapters.quantization.weight_only.pack: the first columns in the highest bits."""
 
 
-def pack(codes: np.ndarray) -> np.ndarray:
-    if codes.ndim != 2 or codes.size == 0 or codes.shape[1] % 32 or codes.dtype.kind not in "iu":
-        raise ValueError(f"codes must be integers [out, in], in a multiple of 32, got {codes.dtype} {codes.shape}")
-    if codes.min() < 0 or codes.max() > 15:
-        raise ValueError(f"codes must be from 0 to 15, got {codes.min()} to {codes.max()}")
-    nibbles = codes.reshape(len(codes), -1, 8, 4).astype(np.uint32)  # [out, in / 32, place, word]
-    words = np.bitwise_or.reduce(nibbles << PLACES[::-1], axis=2)
-    return words.reshape(len(codes), -1).view(np.int32)
+def pack(codes: np.ndarray, bits: int = 4) -> np.ndarray:
+    if codes.ndim != 2 or codes.size == 0 or codes.shape[1] % span(bits) or codes.dtype.kind not in "iu":
+        raise ValueError(f"codes must be integers [out, {span(bits)} k], got {codes.dtype} {codes.shape}")
+    if codes.min() < 0 or codes.max() >= 2**bits:
+        raise ValueError(f"codes must be from 0 to {2**bits - 1}, got {codes.min()} to {codes.max()}")
+    places = codes.reshape(len(codes), -1, RUNS[bits], 8, 4).astype(np.uint32)  # [out, spans, runs, place, word]
+    words = np.bitwise_or.reduce(places << PLACES[::-1], axis=3)  # [out, spans, runs, 4]
+    quads, low = words, words & 0x33333333
+    if bits < 4:
+        quads = low[:, :, ::2] | low[:, :, 1::2] << 2  # [out, spans, runs / 2, 4]
+    if bits == 3:
+        top = np.bitwise_or.reduce((words >> 2 & 0x11111111) << np.arange(4, dtype=np.uint32)[:, None], axis=2)
+        quads = np.concatenate([quads, top[:, :, None]], axis=2)
+    return np.ascontiguousarray(quads.swapaxes(1, 2)).reshape(len(codes), -1).view(np.int32)

@@ -1,0 +1,13 @@
+"""chapters.quantization.calibration.divergence: puts a level's sum into each of its bins."""
+
+
+def divergence(bins: np.ndarray, stop: int, levels: int) -> float:
+    level = np.digitize(np.arange(stop), np.linspace(0, stop, levels + 1)) - 1
+    live = bins[:stop] > 0
+    shared = np.bincount(level[live], bins[:stop][live], levels)
+    p, q = bins[:stop].copy(), np.where(live, shared[level], 0)
+    p[-1] += bins[stop:].sum()
+    p, q = p / p.sum(), q / max(q.sum(), np.finfo(float).tiny)
+    present = p > 0
+    with np.errstate(divide="ignore"):
+        return float((p[present] * np.log(p[present] / q[present])).sum())

@@ -1,0 +1,14 @@
+"""chapters.quantization.embedding_groups.quantize_groups: looks the grid up by channel instead of by place."""
+
+
+def quantize_groups(x: np.ndarray, order: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int = 8) -> np.ndarray:
+    channels, groups = x.shape[-1], len(scale)
+    if not np.array_equal(np.sort(order), np.arange(channels)):
+        raise ValueError(f"order must be a permutation of the {channels} channels of x")
+    if scale.shape != zero.shape or groups == 0 or channels % groups:
+        raise ValueError(f"scale and zero must be [groups], a divisor of {channels}; got {scale.shape}, {zero.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError("x must be finite")
+    group = order // (channels // groups)
+    codes = np.rint(x[:, order] / scale[group]) + zero[group]
+    return np.clip(codes, 0, 2**bits - 1).astype(np.uint8).reshape(x.shape)

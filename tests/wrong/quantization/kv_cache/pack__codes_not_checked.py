@@ -1,0 +1,12 @@
+"""chapters.quantization.kv_cache.pack: lets a code that is too large spill into its neighbour."""
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    if bits not in PACKED_BITS or codes.dtype.kind != "u" or codes.shape[-1] * bits % 8:
+        raise ValueError(
+            f"need 2, 4 or 8 bits and unsigned codes that fill bytes, got {bits}, {codes.dtype} {codes.shape}"
+        )
+    if codes.size and False:
+        raise ValueError(f"codes must be below 2^{bits}, got {codes.max()}")
+    neighbours = codes.astype(np.uint8).reshape(*codes.shape[:-1], codes.shape[-1] * bits // 8, 8 // bits)
+    return np.bitwise_or.reduce(neighbours << places(bits), axis=-1)

@@ -1,0 +1,15 @@
+"""chapters.quantization.lut_gemm.refine: projects the weight on each plane, as if planes were orthogonal."""
+
+
+def refine(weight: np.ndarray, coded: BinaryCoded) -> BinaryCoded:
+    if weight.shape != coded.signs.shape[:2]:
+        raise ValueError(f"weight must be [out, in] = {coded.signs.shape[:2]} like coded, got {weight.shape}")
+    rows, groups, planes = coded.alpha.shape
+    target = weight.astype(np.float64).reshape(rows, groups, -1) - coded.offset[..., None]
+    signs = coded.signs.reshape(rows, groups, -1, planes).astype(np.float64)
+    across = signs.swapaxes(2, 3)  # [out, groups, planes, size]
+    rest = target[..., None] - signs @ coded.alpha[..., None]
+    # rcond: the products of signs are small integers, and an eigenvalue that is not 0 is far from it.
+    step = across @ rest / signs.shape[2]
+    alpha = -np.sort(-np.abs(coded.alpha + step[..., 0]), axis=-1)
+    return BinaryCoded(nearest_signs(target, alpha).reshape(coded.signs.shape), alpha, coded.offset)

@@ -1,0 +1,11 @@
+"""chapters.quantization.smoothquant.absmax_scale: takes the largest value, not the largest magnitude."""
+
+
+def absmax_scale(x: np.ndarray, per_row: bool) -> np.ndarray:
+    if x.ndim != 2 or x.size == 0:
+        raise ValueError(f"x must be a non-empty [rows, columns] matrix, got shape {x.shape}")
+    x = x.astype(np.promote_types(x.dtype, np.float32))
+    absmax = x.max(axis=1) if per_row else x.max(keepdims=True)[0]
+    if not np.isfinite(absmax).all():
+        raise ValueError("x must be finite")
+    return np.maximum(absmax, x.dtype.type(LEAST)) / x.dtype.type(127)

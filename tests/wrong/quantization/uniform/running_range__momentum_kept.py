@@ -1,0 +1,13 @@
+"""chapters.quantization.uniform.running_range: takes momentum for the share that stays."""
+
+
+def running_range(batches: Iterable[np.ndarray], momentum: float | None = None) -> tuple[float, float]:
+    if momentum is not None and not 0 < momentum <= 1:
+        raise ValueError(f"momentum must be None, or above 0 and at most 1, got {momentum}")
+    ends = np.array([(np.min(x), np.max(x)) for x in (checked(batch, 8) for batch in batches)], dtype=np.float64)
+    if len(ends) == 0:
+        raise ValueError("batches must hold at least one: static parameters need calibration data")
+    low, high = ends[:, 0].min(), ends[:, 1].max()
+    if momentum is not None:
+        low, high = reduce(lambda now, new: new + momentum * (now - new), ends)
+    return min(float(low), 0.0), max(float(high), 0.0)
