@@ -3,7 +3,7 @@
     python -m chapters leaderboard [NAME ...]
 
 The settings are those that contents.toml lists for a chapter: options of `python -m chapters run NAME`. Measuring all
-takes minutes, so the points are kept in results/leaderboard.json, and the tour draws what is kept there.
+takes minutes, so the points are kept in leaderboard.json, and the tour draws what is kept there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -25,14 +26,14 @@ from rich.progress import track
 from rich.table import Table
 
 from chapters import contents, runner
-from chapters.claims import RESULTS, reason, require_writable, versions
+from chapters.claims import reason, require_writable, versions
 from chapters.contents import Entry
 from chapters.figures import COLOURS, TEXT_SIZE, alt_text, figure, legend, save_png_bytes
 from chapters.lab import Lab
 from chapters.report import shown
 from minitfm.checkpoint import replace_file
 
-KEPT = RESULTS / "leaderboard.json"
+KEPT = Path(__file__).with_name("leaderboard.json")
 CEILING = 4.0  # times the plain model's perplexity: what is worse stands at the upper edge, with its number
 MARKERS = "osD^vPX<>ph*"
 
@@ -115,7 +116,8 @@ def picture(board: Board) -> Figure:
         axes.plot([point.bits for point in mine], heights, **look, label=contents.find(technique).title)
     name_what_is_above(axes, board.points, ceiling)
     axes.axhline(board.base, color=COLOURS["reference"], linestyle="--", label="plain model")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(bits := [2, 3, 4, 5, 6, 8, 12, 16], [str(count) for count in bits])
     ticks = [board.base * factor for factor in (1, 1.25, 1.5, 2, 3, 4)]
     axes.set_yticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axes.minorticks_off()
@@ -172,7 +174,7 @@ def chosen(names: Sequence[str]) -> list[Entry]:
 def run(args: argparse.Namespace) -> int:
     """`python -m chapters leaderboard`: measure, keep, print."""
     entries, lab = chosen(args.names), runner.make_lab(args)
-    require_writable(RESULTS)
+    require_writable(KEPT.parent)
     old = read()
     work = [(entry, setting) for entry in entries for setting in entry.settings]
     points = [measure(*item, lab) for item in track(work, "measuring", transient=True)]

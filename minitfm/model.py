@@ -140,7 +140,8 @@ class Transformer(nn.Module):
     """tokens `[B, T]` int64 -> logits `[B, T, V]`.
 
     With a `cache`, the T tokens stand at the positions from `len(cache)` on: the first call is the prefill, each later
-    call with T = 1 a decode step, and both give the logits of the uncached pass.
+    call with T = 1 a decode step, and both give the logits of the uncached pass. `positions` `[T]` int64 says otherwise
+    where they stand, for a cache and an `attend` that tell several sequences in one row apart.
     """
 
     cos: Tensor
@@ -181,13 +182,18 @@ class Transformer(nn.Module):
         if not self.config.tied_embeddings:
             nn.init.normal_(self.head.weight, std=self.config.dim**-0.5)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None, positions: Tensor | None = None) -> Tensor:
         start = 0 if cache is None else len(cache)
         end = start + tokens.shape[1]
+        if positions is not None:
+            if positions.shape != tokens.shape[1:] or int(positions.min()) < 0:
+                raise ValueError(f"positions must be {tokens.shape[1]}, from 0 on, got {positions.tolist()}")
+            end = int(positions.max()) + 1
         if end > self.config.context:
             raise ValueError(f"{end} positions asked for, but the model's context is {self.config.context}")
         x = self.embedding(tokens)
-        cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
+        where = slice(start, end) if positions is None else positions
+        cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin, cache)
         return self.head(self.norm(x))

@@ -19,6 +19,10 @@ BINDING = {path.stem for path in (ROOT / "chapters").glob("*.py")}
 
 # a chapter imports another one only where its method is built on it, and then names the function
 BUILT_ON: dict[str, set[str]] = {
+    "attention.flash_decoding": {
+        f"chapters.attention.flash.{name}"
+        for name in ("attention", "checked_scale", "finite", "group_heads", "tile_scores")
+    },
     "quantization.awq": {
         f"chapters.quantization.weight_only.{name}" for name in ("Quantized", "checked", "quantize_each")
     },
@@ -31,6 +35,8 @@ BUILT_ON: dict[str, set[str]] = {
         "chapters.quantization.gptq.round_to_nearest",
         *(f"chapters.quantization.weight_only.{name}" for name in ("Quantized", "checked", "quantize_each")),
     },
+    "quantization.mixed_precision": {"chapters.quantization.weight_only.nearest_codes"},
+    "quantization.qat": {"chapters.quantization.uniform.round_weights"},
 }
 
 

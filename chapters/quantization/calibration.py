@@ -60,8 +60,8 @@ def count_magnitudes(x: np.ndarray, width: float, bins: int) -> tuple[np.ndarray
     """How many |x| lie in each bin, and the largest |x|: (counts int64 `[bins]`, largest); the kernel's reference.
 
     Bin k holds k · width <= |x| < (k + 1) · width, by the integer part of |x| / width, divided in the precision of x;
-    what lies beyond the last bin counts in it. x has any shape. Raises ValueError for an empty x, one that is not
-    finite, a width that is not above 0, and fewer than one bin.
+    what lies beyond the last bin counts in it, however far. x has any shape and stays as it is. Raises ValueError for
+    an empty x, one that is not finite, a width that is not above 0, and fewer than one bin.
     """
     if np.size(x) == 0 or not np.isfinite(x).all():
         raise ValueError(f"x must be finite and not empty, got shape {np.shape(x)}")
@@ -123,12 +123,13 @@ def moving_limit(histogram: Histogram, momentum: float = 0.1) -> float:
 def percentile_limit(histogram: Histogram, percent: float) -> float:
     """The lower edge of the first bin with which at least `percent` of 100 magnitudes are counted.
 
-    Raises ValueError unless 0 < percent <= 100. Source: histogram.py, _compute_amax_percentile.
+    The histogram stays as it is. Raises ValueError unless 0 < percent <= 100. Source: histogram.py,
+    _compute_amax_percentile, which adds up shares: their sum may miss a bin by rounding, that of the counts does not.
     """
     if not 0 < percent <= 100:
         raise ValueError(f"percent must be above 0 and at most 100, got {percent}")
-    reached = np.cumsum(histogram.counts / histogram.counts.sum())
-    return int(np.searchsorted(reached, percent / 100).clip(max=len(reached) - 1)) * histogram.width
+    reached = np.cumsum(histogram.counts)
+    return int(np.searchsorted(100 * reached, percent * reached[-1])) * histogram.width
 
 
 def _candidates(histogram: Histogram, bits: int, start: int, stop: int, stride: int) -> np.ndarray:
@@ -144,8 +145,9 @@ def mse_limit(histogram: Histogram, bits: int, unsigned: bool = False, start: in
     """The limit with the least squared error among the centers of bins start, start + stride, … to the last.
 
     A center c, (k + ½) · width, is rounded to the nearest multiple of limit / top, ties to even, at most limit; top is
-    2**(bits − 1) − 1, or 2**bits − 1 where `unsigned`. The error is Σ counts · (c − rounded c)²; of equal ones the
-    first. Raises ValueError for bits outside 2 .. 8 and a start that leaves no candidate. Source: _compute_amax_mse.
+    2**(bits − 1) − 1, or 2**bits − 1 where `unsigned`. The error is Σ counts · (c − rounded c)², of all bins; of equal
+    ones the first. The histogram stays as it is. Raises ValueError for bits outside 2 .. 8, a start or stride below 1,
+    and a start that leaves no candidate. Source: _compute_amax_mse.
     """
     top = 2 ** (bits - 1 + unsigned) - 1
     centers = (np.arange(len(histogram.counts)) + 0.5) * histogram.width
@@ -162,9 +164,10 @@ def divergence(bins: np.ndarray, stop: int, levels: int) -> float:
 
     P: those bins, the sum of all others added to the last of them. Q: those bins without that sum, each bin that is not
     empty replaced by the mean of the bins of its level that are not empty, an empty bin by 0. Bin k has level l if
-    l · stop / levels <= k < (l + 1) · stop / levels. Both are divided by their sums; infinite where Q is 0 and P not.
+    l · stop / levels <= k < (l + 1) · stop / levels. Both are divided by their sums, and Σ P ln(P / Q) is infinite
+    where Q is 0 and P not. The bins stay as they are.
     """
-    level = np.digitize(np.arange(stop), np.linspace(0, stop, levels + 1)) - 1
+    level = np.arange(stop) * levels // stop
     live = bins[:stop] > 0
     shared = np.bincount(level[live], bins[:stop][live], levels) / np.maximum(np.bincount(level[live], None, levels), 1)
     p, q = bins[:stop].copy(), np.where(live, shared[level], 0)
@@ -191,10 +194,13 @@ def entropy_limit(histogram: Histogram, bits: int, unsigned: bool = False, start
 class StaticLinear(nn.Linear):
     """A linear layer whose input is rounded to ± (2**(bits − 1) − 1) steps up to `limit`, and clipped there.
 
-    Its parameters keep their names, so that a model with it is saved as a plain one. It is not trained.
+    Its parameters keep their names, so that a model with it is saved as a plain one. It is not trained. ValueError
+    unless limit is above 0 and finite: a percentile that the first bin reaches is not.
     """
 
     def __init__(self, layer: nn.Linear, limit: float, bits: int) -> None:
+        if not 0 < limit < math.inf:
+            raise ValueError(f"limit must be above 0 and finite, got {limit}")
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, layer.weight.device)
         self.weight, self.bias, self.top = layer.weight, layer.bias, 2 ** (bits - 1) - 1
         self.scale = limit / self.top

@@ -72,10 +72,11 @@ def find_grids(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A grid for each of `groups` runs of len(order) / groups places: (scale, zero) `[groups]`, in the dtype of low.
 
-    low, high `[channels]` belong to channels; order[place] is the channel at a place. A group's range goes from the
-    least low of its channels, or 0 if that is less, to their largest high, or 0 if that is more.
-    scale = range / (2**bits − 1), at least 1e-8; zero = −low / scale, rounded with ties to even, within the codes.
-    Raises ValueError for bits outside 1 .. 8, groups that do not divide the channels, and low above high.
+    low, high `[channels]`, float32 or float64, belong to channels and stay as they are; order[place] is the channel at
+    a place. A group's range goes from the least low of its channels, or 0 if that is less, to their largest high, or 0
+    if that is more. scale = range / (2**bits − 1), at least 1e-8; zero = −low / scale, rounded with ties to even.
+    Raises ValueError for bits outside 1 .. 8, groups that do not divide the channels, a low above its high, and ranges
+    that are not finite.
     Source: quantizers.py, AsymmetricUniformQuantizer.
     """
     if bits not in range(1, 9):
@@ -88,6 +89,8 @@ def find_grids(
     high = np.maximum(high[order].reshape(groups, -1).max(axis=1), 0)
     highest = 2**bits - 1
     scale = np.maximum((high - low) / highest, low.dtype.type(1e-8))
+    if not np.isfinite(scale).all():
+        raise ValueError("low and high must be finite, and so must the range of a group")
     return scale, np.clip(np.rint(-low / scale), 0, highest)
 
 
@@ -95,18 +98,22 @@ def quantize_groups(x: np.ndarray, order: np.ndarray, scale: np.ndarray, zero: n
     """Codes uint8 `[tokens, channels]` of x `[tokens, channels]`, by place: the kernel's reference.
 
     codes[t, place] = clip(rint(x[t, order[place]] / scale[g]) + zero[g], 0, 2**bits − 1), ties to even, where
-    g = place // (channels / groups) and scale, zero have shape `[groups]`. In the precision of x and scale.
-    Raises ValueError unless order is a permutation of the channels and groups divide them, and where x is not finite.
+    g = place // (channels / groups) and scale, zero have shape `[groups]`. In the wider precision of x and scale; x
+    stays as it is. Raises ValueError for bits outside 1 .. 8, unless order is a permutation of the channels, scale and
+    zero are equally many, which divide the channels, x is finite, and scale positive and finite.
     """
+    if bits not in range(1, 9):
+        raise ValueError(f"bits must be an integer from 1 to 8, got {bits!r}")
     channels, groups = x.shape[-1], len(scale)
     if not np.array_equal(np.sort(order), np.arange(channels)):
         raise ValueError(f"order must be a permutation of the {channels} channels of x")
     if scale.shape != zero.shape or groups == 0 or channels % groups:
         raise ValueError(f"scale and zero must be [groups], a divisor of {channels}; got {scale.shape}, {zero.shape}")
-    if not np.isfinite(x).all():
-        raise ValueError("x must be finite")
+    if not (np.isfinite(x).all() and np.isfinite(scale).all() and (scale > 0).all()):
+        raise ValueError("x must be finite, and scale positive and finite")
     grouped = x[:, order].reshape(len(x), groups, -1)  # [tokens, groups, channels / groups]
-    codes = np.rint(grouped / scale[:, None]) + zero[:, None]
+    with np.errstate(over="ignore"):  # infinity clips, too
+        codes = np.rint(grouped / scale[:, None]) + zero[:, None]
     return np.clip(codes, 0, 2**bits - 1).astype(np.uint8).reshape(x.shape)
 
 
@@ -253,7 +260,7 @@ def claim(lab: Lab) -> Claim:
     """A few groups, sorted by range, win back what one grid for all channels loses to outlier channels."""
     counts = [1, 2, 4, 8, 16, 32]
     mean = np.mean([measure(lab, seed, counts) for seed in lab.seeds], axis=0)
-    found = dict(zip(("channels in order", "sorted by range"), mean.tolist(), strict=True))
+    found: dict[str, list[float]] = {"channels in order": mean[0].tolist(), "sorted by range": mean[1].tolist()}
     base, few = lab.base_perplexity, counts.index(8)
     one, plain, ordered = mean[0, 0], mean[0, few], mean[1, few]
     won = (one - ordered) / (one - base)

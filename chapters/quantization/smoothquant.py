@@ -45,7 +45,7 @@ LEVELS = {"O1": "dynamic, per token", "O2": "dynamic, per tensor", "O3": "static
 
 
 def smoothing_scale(act_max: np.ndarray, readers: Sequence[np.ndarray], alpha: float) -> np.ndarray:
-    """s = act_max^alpha / weight_max^(1 − alpha), float64 `[in]`.
+    """s = act_max^alpha / weight_max^(1 − alpha), computed in float64, `[in]`.
 
     act_max `[in]` holds the largest |activation| of each channel; readers are the weights `[out, in]` of all layers
     that read them, and weight_max the largest |weight| of a column in any of them. weight_max and s are at least 1e-5.
@@ -81,8 +81,8 @@ def fold(
 def absmax_scale(x: np.ndarray, per_row: bool) -> np.ndarray:
     """The step of an int8 grid that just holds x `[rows, columns]`: absmax / 127, `[rows]`, or `[1]` for all of x.
 
-    An absmax below 1e-5 counts as 1e-5. In the precision of x, float16 as float32. Raises ValueError for an empty x
-    or one that is not finite. Source: fake_quant.py.
+    An absmax below 1e-5 counts as 1e-5. In the precision of x, float16 as float32. Raises ValueError for an x that is
+    no matrix, is empty or not finite. Source: fake_quant.py.
     """
     if x.ndim != 2 or x.size == 0:
         raise ValueError(f"x must be a non-empty [rows, columns] matrix, got shape {x.shape}")
@@ -97,15 +97,17 @@ def quantize(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """x / scale, rounded to the nearest integer, halves to the even one, and clipped to −128 .. 127: int8.
 
     x `[rows, columns]`; scale `[rows]` or `[1]` (static scales may clip, those of x itself do not). In the precision
-    of x, float16 as float32. Raises ValueError unless x is finite, scale positive and finite, and the shapes fit.
+    of x, float16 as float32, into which scale is rounded first. Raises ValueError unless x is finite, scale so rounded
+    positive and finite, and the shapes fit.
     """
     if x.ndim != 2 or scale.shape not in ((1,), x.shape[:1]):
         raise ValueError(f"scale must be [rows] or [1] for x {x.shape}, got {scale.shape}")
-    if not (np.isfinite(x).all() and np.isfinite(scale).all() and (scale > 0).all()):
-        raise ValueError("x must be finite, and scale positive and finite")
     x = x.astype(np.promote_types(x.dtype, np.float32))
     with np.errstate(over="ignore"):  # infinity clips, too
-        steps = x / scale.astype(x.dtype)[:, None]
+        scale = scale.astype(x.dtype)
+        if not (np.isfinite(x).all() and np.isfinite(scale).all() and (scale > 0).all()):
+            raise ValueError(f"x must be finite, and scale positive and finite in {x.dtype}")
+        steps = x / scale[:, None]
     return np.rint(steps).clip(-128, 127).astype(np.int8)
 
 

@@ -132,7 +132,7 @@ def find_grid(weight: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Te
 
 def _grid_between(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero of the grid with 2**bits values from low to high."""
-    scale = (high - low) / (2**bits - 1)
+    scale = (high - low) / torch.full_like(high, 2**bits - 1)  # a tensor: by a number CUDA does not divide exactly
     divides = bool(((scale > 0) & scale.isfinite()).all())
     require(divides, f"weight has a range that {scale.dtype} cannot divide into {2**bits - 1} steps")
     return scale, torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale)

@@ -305,8 +305,9 @@ def expanded(q: Tensor, keys: Held, values: Held) -> tuple[Tensor, Tensor, Tenso
 
 def half(B: int, Hkv: int, length: int, D: int, bits: int, group: int, per: str, window: int, device) -> Held:
     """`length` positions, the last `window` of which are numbers; contents on a GPU only."""
-    rows, columns = (length, D // group) if per == "token" else (length // group, D)
-    codes = torch.empty((B, Hkv, length, D * bits // 8), dtype=torch.uint8, device=device)
+    old = length - window
+    rows, columns = (old, D // group) if per == "token" else (-(-old // group), D)
+    codes = torch.empty((B, Hkv, old, D * bits // 8), dtype=torch.uint8, device=device)
     grid = torch.empty((B, Hkv, rows, columns, 2), dtype=torch.bfloat16, device=device)
     newest = torch.empty((B, Hkv, window, D), dtype=torch.bfloat16, device=device)
     if torch.device(device).type == "cuda":
@@ -314,7 +315,7 @@ def half(B: int, Hkv: int, length: int, D: int, bits: int, group: int, per: str,
         grid[..., 0].uniform_(0.5 / 2**bits, 2 / 2**bits)
         grid[..., 1].uniform_(-1, 0)
         newest.normal_()
-    return Held(codes, grid, newest, length - window, group, per)
+    return Held(codes, grid, newest, old, group, per)
 
 
 def decode_case(name: str, B: int, heads: int, kv_heads: int, length: int, bits: int, per: str, window: int) -> Case:

@@ -258,4 +258,4 @@ def llama_case(M: int, N: int, K: int, outliers: int = 7, exact: bool = False) -
 
 
 CASES = [llama_case(M, N, 4096) for N in (4096, 11008) for M in (1, 16, 64, 512)]
-CASES += [llama_case(512, 4096, 4096, 0), llama_case(512, 4096, 4096, exact=True), llama_case(2048, 4096, 11008)]
+CASES += [llama_case(512, 4096, 4096, 0), llama_case(2048, 4096, 11008)]

@@ -181,6 +181,11 @@ found = {"RTN": gptq.round_to_nearest(query, 3), "GPTQ": gptq.gptq(query, h, 3)}
 found["OBQ"] = gptq.obq(query, h, 3, damping=0.01)
 errors = {method: held.dequantize() - query for method, held in found.items()}
 losses = {method: np.sum(error @ h * error) for method, error in errors.items()}
+
+# %% [markdown]
+# Both lose less than rounding to nearest; OBQ takes the columns of every row in an order of its own.
+
+# %%
 drawn, axes = figure(width=4.8, height=1.8)
 axes.barh(list(losses), [loss / losses["RTN"] for loss in losses.values()], color=COLOURS["method"])
 axes.set(xlabel="output error, round to nearest = 1")
@@ -201,7 +206,7 @@ chosen["groups of 32, act-order"] = {"group_size": 32, "act_order": True}
 held = {"RTN": layers["RTN"]} | {label: gptq.gptq(weight, hessian, 3, **options) for label, options in chosen.items()}
 errors = {label: found.dequantize() - weight for label, found in held.items()}
 losses = [np.sum(error @ hessian * error) / outputs["RTN"] for error in errors.values()]
-drawn, axes = figure(width=6.4, height=2.4)
+drawn, axes = figure(width=5.2, height=2.0)
 axes.barh([f"{label}, {found.bits_per_weight():.2f} bits" for label, found in held.items()], losses)
 axes.set(xlabel="output error, round to nearest = 1")
 axes.invert_yaxis()

@@ -123,6 +123,11 @@ with torch.no_grad():
     for token in lab.validation[0]:
         model(token.view(1, 1), cache)
         held.append(cache.nbytes())
+
+# %% [markdown]
+# Keys wait in full precision until a group of tokens is full: hence the steps.
+
+# %%
 drawn, axes = figure(width=4.6, height=2)
 axes.plot(np.arange(1, 129), np.array(held) / 1e3, **series("method") | {"marker": ""}, label="2 bits")
 axes.plot(np.arange(1, 129), np.arange(1, 129) * 2.048, **series("baseline") | {"marker": ""}, label="16 bits")

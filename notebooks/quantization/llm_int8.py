@@ -98,6 +98,11 @@ truth, errors = x @ weight.T, {}
 for title, how in {"no outlier columns": (0.0,), "library": (6.0,), "paper": (6.0, weight)}.items():
     y = llm_int8.llm_int8_matmul(x, weight_codes, weight_absmax, *how)
     errors[title] = np.linalg.norm(y - truth) / np.linalg.norm(truth)
+
+# %% [markdown]
+# The outlier columns are what the error came from.
+
+# %%
 drawn, axes = figure(height=2.0)
 axes.barh(list(errors), list(errors.values()), color=COLOURS["method"])
 axes.set(xlabel="relative error of the layer's output")
@@ -137,6 +142,9 @@ assert 0 < abs(alone - together).item() < 0.002
 claim = llm_int8.claim(lab)
 print(claim.sentence)
 claim.figure
+
+# %% [markdown]
+# Both variants hold where plain rounding does not.
 
 # %%
 assert claim.holds

@@ -43,6 +43,11 @@ weight = lab.weights["blocks.1.feed_forward.up_proj.weight"].numpy().astype(floa
 grid = round_to_nearest(weight, 2, 128)
 coded = lut_gemm.alternating(weight, 2, 128)
 row = 5
+
+# %% [markdown]
+# Four values each: evenly spaced ones, and where the weights are.
+
+# %%
 drawn, axes = figure(height=2.8)
 axes.hist(weight[row], bins=30, color=COLOURS["muted"])
 for held, words, role in ((grid, "uniform", "baseline"), (coded, "BCQ", "method")):
@@ -79,6 +84,9 @@ heatmap(axes[1], signs, "sign in plane 0, 1, 2", digits=0)
 heatmap(axes[2], left, "left over after it", digits=2)
 axes[0].set_xticks([])
 drawn
+
+# %% [markdown]
+# The scales come sorted: each plane repairs what the ones before it left.
 
 # %%
 assert alpha[0] > alpha[1] > alpha[2]

@@ -70,6 +70,11 @@ x = weight[5, :12]
 scale, zero = uniform.grid(np.minimum(x.min(), 0), np.maximum(x.max(), 0), bits=3)
 codes = uniform.quantize(x, scale, zero, bits=3)
 values = uniform.dequantize(codes, scale, zero)
+
+# %% [markdown]
+# Each weight moves to the nearest line.
+
+# %%
 drawn, axes = figure(width=5.4, height=2.3)
 axes.hlines(uniform.dequantize(np.arange(8), scale, zero), 0, 11, color=COLOURS["muted"], linewidth=0.8)
 axes.plot(x, **series("baseline") | {"linestyle": ""}, label="weight")
@@ -160,6 +165,9 @@ claim = uniform.claim(lab)
 print(claim.sentence)
 claim.figure
 
+# %% [markdown]
+# Who shares a grid decides; the rule for its step comes second.
+
 # %%
 assert claim.holds
 assert claim.numbers["perplexity, 3 bits, deepspeed"] < claim.numbers["perplexity, 3 bits, smoothquant"]
@@ -181,6 +189,10 @@ def with_inputs(tokens, bits=6):
     return lab.perplexity(model)
 
 
+# %% [markdown]
+# Planted outlier channels make the difference plain: a grid per token, or one for all that comes.
+
+# %%
 sample = lab.calibration(seed=0, count=32)
 perplexities = {"plain": lab.base_perplexity, "dynamic": with_inputs(None), "static": with_inputs(sample)}
 drawn, axes = figure(height=1.7)
@@ -214,6 +226,9 @@ for code in range(32):
     word, bit = divmod(3 * code, 32)
     axes.text(bit, word, code, fontsize=7, ha="center", va="center", color="white" if code < 22 else "black")
 drawn
+
+# %% [markdown]
+# Packing and unpacking are inverse to each other, whatever the number of bits.
 
 # %%
 codes = np.random.default_rng(0).integers(0, 8, (2, 64)).astype(np.uint8)

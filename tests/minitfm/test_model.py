@@ -186,3 +186,20 @@ def test_config_survives_its_dictionary():
         Config.from_dict({"vocab_size": 5, "colour": 1})
     with pytest.raises(ValueError, match="lacks vocab_size"):
         Config.from_dict({})
+
+
+def test_a_model_told_where_its_tokens_stand():
+    model, row = tiny_model(), tokens(2, 6)
+    assert torch.equal(model(row, positions=torch.arange(6)), model(row))
+    shuffled = torch.tensor([3, 0, 5, 1, 4, 2])
+    blind = Transformer(model.config, attend=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    blind.load_state_dict(model.state_dict())
+    found = blind(row[:, shuffled], positions=shuffled)  # where every token sees all, their order means nothing
+    torch.testing.assert_close(found, blind(row)[:, shuffled], **tolerance(torch.float32, 16))
+    for bad, complaint in (
+        (torch.arange(5), r"positions must be 6, from 0 on, got \[0, 1, 2, 3, 4\]"),
+        (torch.arange(6) - 1, "from 0 on, got"),
+        (torch.arange(6) + 27, "33 positions asked for, but the model's context is 32"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            model(row, positions=bad)

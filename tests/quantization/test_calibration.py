@@ -63,9 +63,22 @@ class TestCounts:
         counts, largest = count_magnitudes(x.reshape(-1, 1), width, bins)
         assert counts.dtype == np.int64 and counts.tolist() == expected and largest == np.abs(x).max()
 
+    @pytest.mark.parametrize("width", [0.1, 0.9])
+    def test_divide_in_the_precision_of_x(self, width):
+        x = np.arange(1, 400, dtype=np.float32) * np.float32(width)  # edges of bins, or nearly
+        places = [int(value / np.float32(width)) for value in x]
+        np.testing.assert_array_equal(count_magnitudes(x, width, 500)[0], np.bincount(places, minlength=500))
+
+    def test_hold_what_is_far_beyond_the_last_bin_and_leave_x_alone(self):
+        x = np.array([-1e30, 0.5, 2e9], np.float32)
+        before = x.copy()
+        counts, largest = count_magnitudes(x, 0.25, 4)
+        assert counts.tolist() == [0, 0, 1, 2] and largest == np.float32(1e30)
+        np.testing.assert_array_equal(x, before)
+
     @pytest.mark.parametrize(
         ("x", "width", "bins"),
-        [([], 1, 2), ([1, np.nan], 1, 2), ([np.inf], 1, 2), ([1], 0, 2), ([1], -1, 2), ([1], np.nan, 2), ([1], 1, 0)],
+        [([], 1, 2), ([0], -1, 2), ([1, np.nan], 1, 2), ([np.inf], 1, 2), ([1], 0, 2), ([1], np.nan, 2), ([1], 1, 0)],
     )
     def test_refuse_what_cannot_be_counted(self, x, width, bins):
         with pytest.raises(ValueError):
@@ -124,10 +137,15 @@ class TestPercentile:
     @given(SEEDS, st.integers(1, 20), st.sampled_from([1.0, 50.0, 90.0, 100.0]))
     def test_is_the_first_bin_that_reaches_the_share(self, seed, bins, percent):
         counts = np.random.default_rng(seed).integers(0, 9, bins) + np.eye(bins, dtype=np.int64)[0]
-        found = percentile_limit(Histogram(counts, 0.5, (9.0,)), percent)
+        found = percentile_limit(Histogram(counts.copy(), 0.5, (9.0,)), percent)
         place = round(found / 0.5)
-        assert found == place * 0.5 and 100 * counts[: place + 1].sum() >= (percent - 1e-9) * counts.sum()
-        assert place == 0 or 100 * counts[:place].sum() <= (percent + 1e-9) * counts.sum()
+        assert found == place * 0.5 and 100 * counts[: place + 1].sum() >= percent * counts.sum()
+        assert place == 0 or 100 * counts[:place].sum() < percent * counts.sum()
+
+    def test_a_bin_that_just_reaches_the_share_is_enough(self):
+        seen = Histogram(np.array([1] * 10 + [0] * 3), 1.0, (10.0,))
+        assert [percentile_limit(seen, percent) for percent in (10, 30, 70, 80, 90, 100)] == [0, 2, 6, 7, 8, 9]
+        assert seen.counts.sum() == 10
 
     @pytest.mark.parametrize("percent", [0, -1, 100.1, np.nan])
     def test_refuses_what_is_no_share(self, percent):
@@ -146,8 +164,11 @@ class TestSquaredError:
 
     @given(SEEDS, st.integers(2, 5), st.booleans(), st.integers(1, 9), st.integers(1, 3))
     def test_no_other_candidate_has_less(self, seed, bits, unsigned, start, stride):
-        counts = np.random.default_rng(seed).geometric(0.2, 25).astype(np.int64)
-        found = mse_limit(Histogram(counts, 0.5, (12.5,)), bits, unsigned, start, stride)
+        rng = np.random.default_rng(seed)
+        counts = rng.geometric(0.2, 25) * (rng.random(25) < rng.choice([0.1, 1]))  # few bins tell more limits apart
+        given_ = counts.copy()
+        found = mse_limit(Histogram(given_, 0.5, (12.5,)), bits, unsigned, start, stride)
+        np.testing.assert_array_equal(given_, counts)
         top, errors = 2 ** (bits - 1 + unsigned) - 1, {}
         for k in range(start, 25, stride):
             step, total = (k + 0.5) * 0.5 / top, 0.0
@@ -155,7 +176,15 @@ class TestSquaredError:
                 center = (bin_ + 0.5) * 0.5
                 total += count * (min(np.rint(center / step), top) * step - center) ** 2
             errors[(k + 0.5) * 0.5] = total
-        assert found in errors and errors[found] <= min(errors.values()) * (1 + 1e-9)
+        assert found in errors and errors[found] <= min(errors.values()) * (1 + 1e-9) + 1e-12
+
+    def test_of_equal_errors_the_first_wins(self):
+        counts = np.eye(20, dtype=np.int64)[4]  # the center 4.5 is on the grids up to 4.5 and 13.5
+        assert [mse_limit(Histogram(counts, 1.0, (5.0,)), 3, start=start) for start in (1, 5)] == [4.5, 13.5]
+
+    def test_the_first_bin_has_a_center_too(self):
+        counts = np.array([9, 0, 0, 0, 0, 0])
+        assert mse_limit(Histogram(counts, 1.0, (0.9,)), 4, start=1) == 3.5, "whose levels are 0.5 apart"
 
     @pytest.mark.parametrize(("bits", "start", "stride"), [(1, 1, 1), (9, 1, 1), (4, 8, 1), (4, 0, 1), (4, 1, 0)])
     def test_refuses_what_leaves_no_candidate(self, bits, start, stride):
@@ -226,6 +255,8 @@ class TestModel:
         linear.weight.data = torch.eye(2)
         layer = calibration.StaticLinear(linear, limit=3.0, bits=3)
         assert layer(torch.tensor([[0.5, 9.0], [1.5, -9.0]])).tolist() == [[0, 3], [2, -3]]
+        with pytest.raises(ValueError, match="limit must be above 0 and finite, got 0"):
+            calibration.StaticLinear(linear, limit=0.0, bits=3)
 
     def test_refusals_name_what_is_wrong(self):
         seen = Histogram(np.ones(8, np.int64), 1.0, (8.0,))
@@ -258,11 +289,32 @@ class TestKernel:
         counts, largest = kernels.count_magnitudes(x, 1.0, 5, block=64, programs=2)
         assert counts.tolist() == [0, 0, 0, 70, 0] and largest.item() == 3
 
-    def test_divides_as_the_reference_does(self):
-        x = torch.arange(1, 400, dtype=torch.float32, device=DEVICE) * np.float32(0.1)
-        found = kernels.count_magnitudes(x, 0.1, 500, block=64, programs=3)[0]
-        expected = oracle("quantization.calibration").count_magnitudes(x.cpu().numpy(), 0.1, 500)[0]
+    @pytest.mark.parametrize("width", [0.1, 0.9])
+    def test_divides_as_the_reference_does(self, width):
+        x = torch.arange(1, 400, dtype=torch.float32, device=DEVICE) * np.float32(width)
+        found = kernels.count_magnitudes(x, width, 500, block=64, programs=3)[0]
+        expected = oracle("quantization.calibration").count_magnitudes(x.cpu().numpy(), width, 500)[0]
         np.testing.assert_array_equal(found.cpu().numpy(), expected)
+
+    def test_what_is_far_beyond_the_last_bin_counts_in_it(self):
+        counts, largest = kernels.count_magnitudes(torch.tensor([-1e30, 0.5], device=DEVICE), 0.25, 4)
+        assert counts.tolist() == [0, 0, 1, 1] and largest.item() == np.float32(1e30)
+
+
+@pytest.mark.kernel
+def test_a_histogram_extended_far_beyond_its_first_batch_is_still_counted():
+    counts, largest = kernels.count_magnitudes(torch.tensor([0.5, -69999.5, 1e9], device=DEVICE), 1.0, 70001, block=16)
+    assert counts.nonzero().flatten().tolist() == [0, 69999, 70000] and largest.item() == 1e9
+
+
+@pytest.mark.kernel
+def test_edges_of_bins_fall_alike_for_the_kernel_and_its_peer():
+    x = torch.arange(1, 400, dtype=torch.float32, device=DEVICE) * np.float32(3 / 1024)
+    expected, top = oracle("quantization.calibration").count_magnitudes(x.cpu().numpy(), 3 / 1024, 300)
+    for count in (kernels.count_magnitudes, kernels.by_torch):
+        counts, largest = count(x, 3 / 1024, 300)
+        np.testing.assert_array_equal(counts.cpu().numpy(), expected)
+        assert largest.item() == top
 
 
 @pytest.mark.kernel
@@ -271,7 +323,8 @@ class TestKernel:
     [
         (torch.ones(0), 1.0, 4, ValueError, "x must have 1 to"),
         (torch.ones(3), 0.0, 4, ValueError, "width must be positive"),
-        (torch.ones(3), 1.0, 0, ValueError, "bins must be from 1 to 16384, got 0"),
+        (torch.ones(3), 1e-50, 4, ValueError, "as a float32, got 1e-50"),
+        (torch.ones(3), 1.0, 0, ValueError, "bins must be from 1 to 1048576, got 0"),
         (torch.ones(3, dtype=torch.float64), 1.0, 4, TypeError, "x must have dtype"),
         (torch.ones(4, 2).T, 1.0, 4, ValueError, "x must be contiguous"),
     ],

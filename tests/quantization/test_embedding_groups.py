@@ -102,6 +102,14 @@ class TestGrids:
         scale, zero = find_grids(np.zeros(4), np.zeros(4), np.arange(4), 2)
         np.testing.assert_array_equal([scale, zero], [[1e-8, 1e-8], [0, 0]])
 
+    def test_a_group_that_is_all_but_dead_has_the_least_scale_too(self):
+        scale, zero = find_grids(np.array([-2e-8]), np.array([1e-8]), np.arange(1), 1)
+        np.testing.assert_array_equal([scale, zero], [[1e-8], [2]])
+
+    @pytest.mark.parametrize(("end", "bits", "expected"), [(1.0, 1, 0), (1.5, 2, 2)])
+    def test_zero_between_two_codes_goes_to_the_even_one(self, end, bits, expected):
+        assert find_grids(np.array([-end]), np.array([end]), np.arange(1), 1, bits)[1] == expected
+
     @pytest.mark.parametrize("permuted", [False, True])
     @pytest.mark.parametrize("groups", [8, 16])
     def test_equal_the_authors(self, groups, permuted):
@@ -118,9 +126,10 @@ class TestGrids:
         with pytest.raises(ValueError):
             find_grids(-np.ones(4), np.ones(4), np.arange(4), groups, bits)
 
-    def test_refuse_a_range_upside_down(self):
+    @pytest.mark.parametrize(("low", "high"), [(2.0, 1.0), (np.nan, 1.0), (0.0, np.inf), (-np.inf, 0.0)])
+    def test_refuse_a_range_upside_down_or_without_end(self, low, high):
         with pytest.raises(ValueError):
-            find_grids(np.array([0.0, 2]), np.array([1.0, 1]), np.arange(2), 1)
+            find_grids(np.array([0.0, low]), np.array([1.0, high]), np.arange(2), 1)
 
 
 @pytest.mark.exercise("chapters.quantization.embedding_groups.quantize_groups", points=2)
@@ -148,9 +157,21 @@ class TestCodes:
             codes = quantize_groups(x, np.arange(5), np.ones(1), np.array([zero]), 4)
             np.testing.assert_array_equal(codes[0] - zero, [0, 2, 2, 0, -2])
 
+    def test_are_computed_in_the_precision_of_the_arguments(self):
+        x, grid = np.array([[0.7]], np.float32), (np.array([0.2], np.float32), np.zeros(1, np.float32))
+        assert quantize_groups(x, np.arange(1), *grid) == 4, "float32 finds 3.5, float64 a little less"
+        assert quantize_groups(np.array([[0.5 + 1e-12]]), np.arange(1), np.ones(1), np.zeros(1)) == 1
+
+    def test_clip_what_is_far_outside_and_leave_x_alone(self):
+        x = np.array([[1e30, -1e30]], np.float32)
+        found = quantize_groups(x, np.arange(2), np.full(1, 1e-8, np.float32), np.ones(1, np.float32))
+        assert found.tolist() == [[255, 0]] and x.tolist() == np.array([[1e30, -1e30]], np.float32).tolist()
+
     @pytest.mark.parametrize(
         ("x", "order", "grids"),
         [
+            (np.ones((1, 4)), [-1, 0, 1, 2], 2),
+            (np.full((1, 4), np.nan), [0, 1, 2, 3], 1),
             (np.ones((1, 4)), [0, 1, 2, 2], 2),
             (np.ones((1, 4)), [0, 1, 2], 1),
             (np.ones((1, 4)), [0, 1, 2, 3], 3),
@@ -161,6 +182,21 @@ class TestCodes:
     def test_refuse_what_has_none(self, x, order, grids):
         with pytest.raises(ValueError):
             quantize_groups(x, np.array(order), np.ones(grids), np.zeros(grids))
+
+    @pytest.mark.parametrize(
+        ("scale", "zero", "bits"),
+        [
+            ([1.0, 1], [0.0, 0], 9),
+            ([1.0, 1], [0.0, 0], 0),
+            ([1.0, 1], [0.0], 8),
+            ([1.0, 0], [0.0, 0], 8),
+            ([1.0, -1], [0.0, 0], 8),
+            ([1.0, np.inf], [0.0, 0], 8),
+        ],
+    )
+    def test_refuse_what_is_no_grid(self, scale, zero, bits):
+        with pytest.raises(ValueError):
+            quantize_groups(np.zeros((1, 4)), np.arange(4), np.array(scale), np.array(zero), bits)
 
 
 @pytest.mark.exercise("chapters.quantization.embedding_groups.grouped_product", points=3)
@@ -179,10 +215,12 @@ class TestProduct:
         assert found.dtype == np.float64 and found.shape == (tokens, rows)
 
     def test_sums_integers_beyond_a_byte(self):
-        codes, weights = np.full((1, 1000), 255, np.uint8), np.full((1, 1000), 127, np.int8)
-        assert grouped_product(codes, np.ones(2), np.zeros(2), weights, 1.0)[0, 0] == 255 * 127 * 1000
+        codes, weights = np.full((1, 1001), 255, np.uint8), np.full((1, 1001), 127, np.int8)
+        assert grouped_product(codes, np.ones(1), np.zeros(1), weights, 1.0)[0, 0] == 255 * 127 * 1001  # no float32
 
-    @pytest.mark.parametrize(("channels", "grids", "columns"), [(4, (3, 3), 4), (4, (2, 1), 4), (4, (2, 2), 5)])
+    @pytest.mark.parametrize(
+        ("channels", "grids", "columns"), [(4, (3, 3), 4), (4, (2, 1), 4), (4, (0, 0), 4), (4, (2, 2), 5)]
+    )
     def test_refuses_shapes_that_do_not_fit(self, channels, grids, columns):
         codes, weights = np.zeros((1, channels), np.uint8), np.zeros((2, columns), np.int8)
         with pytest.raises(ValueError):
@@ -255,6 +293,8 @@ class TestKernel:
         for zero in (7.0, 8.0):
             codes = kernels.quantize_groups(x, order, scale, torch.full((1,), zero, device=DEVICE), 4)
             assert (codes[0].cpu() - zero).tolist() == [0, 2, 2, 0, -2]
+        codes = kernels.quantize_groups(x * 75, order, scale * 15, scale * 8)  # x * (1 / 15) is no tie in float32
+        assert (codes[0].cpu() - 8.0).tolist() == [2, 8, 12, -2, -8]
 
     @pytest.mark.parametrize("begins", [False, True])
     @pytest.mark.parametrize("which", [0, 2, 3])

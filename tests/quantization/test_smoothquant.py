@@ -67,6 +67,10 @@ class TestSmoothingScale:
         np.testing.assert_allclose(found, [3 / 1e-5**0.5, 1e-5, 1e-5], **tolerance(np.float64, scale=1e3))
         np.testing.assert_allclose(smoothing_scale(np.zeros(1), [np.full((1, 1), 4.0)], 0.0), [0.25])
 
+    def test_is_computed_in_double_precision(self):
+        found = smoothing_scale(np.array([2.0], np.float16), [np.array([[3.0]], np.float16)], 0.5)
+        np.testing.assert_allclose(found, [(2 / 3) ** 0.5], **tolerance(np.float64))
+
     def test_leaves_its_arguments_alone(self):
         act_max, reader = np.array([1.0, 2.0]), np.array([[-3.0, 4.0]])
         smoothing_scale(act_max, [reader], 0.5)
@@ -82,9 +86,11 @@ class TestSmoothingScale:
             (np.ones(2), [np.ones((3, 2)), np.ones((2, 3))], 0.5),
             (np.ones(2), [np.ones(2)], 0.5),
             (np.ones((1, 2)), [np.ones((3, 2))], 0.5),
+            (np.ones((2, 2)), [np.ones((3, 2))], 0.5),
             (np.array([1, -1.0]), [np.ones((3, 2))], 0.5),
             (np.array([1, np.inf]), [np.ones((3, 2))], 0.5),
             (np.ones(2), [np.ones((3, 2)), np.full((1, 2), np.nan)], 0.5),
+            (np.ones(2), [np.ones((3, 2)), np.full((1, 2), -np.inf)], 0.5),
         ],
     )
     def test_refuses_what_makes_no_sense(self, act_max, readers, alpha):
@@ -112,12 +118,16 @@ class TestFold:
         gain, weight = np.ones(2), np.ones((3, 2))
         fold([gain], [weight], np.array([2.0, 4.0]))
         assert (gain == 1).all() and (weight == 1).all()
+        (new_gain,), (new_weight,) = fold([gain], [weight], np.ones(2))
+        assert not np.shares_memory(gain, new_gain) and not np.shares_memory(weight, new_weight)
 
     @pytest.mark.parametrize(
         ("norm", "readers", "scale"),
         [
             ([np.ones(3)], [np.ones((2, 2))], np.ones(2)),
+            ([np.ones(2), np.ones(1)], [np.ones((2, 2))], np.ones(2)),
             ([np.ones(2)], [np.ones((2, 2)), np.ones((2, 3))], np.ones(2)),
+            ([np.ones(2)], [np.ones((2, 2)), np.ones((2, 1))], np.ones(2)),
             ([np.ones(2)], [np.ones((2, 2))], np.ones(1)),
             ([np.ones(2)], [np.ones((2, 2))], np.array([1.0, 0.0])),
             ([np.ones(2)], [np.ones((2, 2))], np.array([1.0, -1.0])),
@@ -197,6 +207,10 @@ class TestQuantize:
     def test_computes_in_the_precision_of_x_but_half_precision_in_float32(self):
         x = np.array([[2.0**15]], np.float16)
         assert quantize(x, np.array([2.0**15 / 100.52])) == 101, "float16 counts in sixteenths here, and finds 100.5"
+        for dtype in (np.float32, np.float64):
+            found = quantize(np.array([[0.7]], np.float32), np.array([0.2], dtype))
+            assert found == 4, "float32 finds 3.5, float64 a little less"
+        assert quantize(np.array([[0.5 + 1e-12]]), np.ones(1)) == 1
 
     @pytest.mark.parametrize(
         ("x", "scale"),
@@ -207,6 +221,8 @@ class TestQuantize:
             (np.ones((3, 2)), np.zeros(1)),
             (np.ones((3, 2)), -np.ones(3)),
             (np.ones((3, 2)), np.full(1, np.nan)),
+            (np.ones((3, 2)), np.full(1, np.inf)),
+            (np.zeros((3, 2), np.float32), np.full(1, 1e-50)),
             (np.full((3, 2), np.nan), np.ones(1)),
             (np.full((3, 2), np.inf), np.ones(1)),
         ],
@@ -247,6 +263,11 @@ class TestMatmulKernel:
         low = torch.full((1, 1008), -128, dtype=torch.int8, device=DEVICE)
         found = smoothquant.w8a8_matmul(low, low, one, one, torch.float32, bulk, **(TILE | {"block_k": 256}))
         assert found.item() == 1008 * 128**2
+        odd = torch.full((1, 2560), 127, dtype=torch.int8, device=DEVICE)
+        signs = torch.where(torch.arange(2560, device=DEVICE) < 1280, odd, -odd)
+        odd[0, 0] = 126  # halfway the sum is odd and above 2^24: no float32
+        found = smoothquant.w8a8_matmul(odd, signs, one, one, torch.float32, bulk, **(TILE | {"block_k": 256}))
+        assert found.item() == -127
 
     def test_sums_are_scaled_before_they_are_rounded(self):
         full = torch.full((1, 64), 127, dtype=torch.int8, device=DEVICE)

@@ -4,5 +4,5 @@
 def percentile_limit(histogram: Histogram, percent: float) -> float:
     if not 0 < percent <= 100:
         raise ValueError(f"percent must be above 0 and at most 100, got {percent}")
-    reached = np.cumsum(histogram.counts / histogram.counts.sum())
-    return int(np.searchsorted(reached, percent / 100).clip(max=len(reached) - 1)) * histogram.width + histogram.width
+    reached = np.cumsum(histogram.counts)
+    return int(np.searchsorted(100 * reached, percent * reached[-1])) * histogram.width + histogram.width

@@ -14,4 +14,6 @@ def find_grids(
     high = np.maximum(high[order].reshape(-1, groups).max(axis=0), 0)
     highest = 2**bits - 1
     scale = np.maximum((high - low) / highest, low.dtype.type(1e-8))
+    if not np.isfinite(scale).all():
+        raise ValueError("low and high must be finite, and so must the range of a group")
     return scale, np.clip(np.rint(-low / scale), 0, highest)

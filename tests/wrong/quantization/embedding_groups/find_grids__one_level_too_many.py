@@ -14,4 +14,6 @@ def find_grids(
     high = np.maximum(high[order].reshape(groups, -1).max(axis=1), 0)
     highest = 2**bits
     scale = np.maximum((high - low) / highest, low.dtype.type(1e-8))
+    if not np.isfinite(scale).all():
+        raise ValueError("low and high must be finite, and so must the range of a group")
     return scale, np.clip(np.rint(-low / scale), 0, highest - 1)

@@ -1,0 +1,11 @@
+"""kernels.attention.linear.attend_chunk: the denominator sums the chunk only."""
+
+
+@triton.jit
+def attend_chunk(mean, total, q, k, v, seen, eps, CHUNK: tl.constexpr):
+    row = tl.arange(0, CHUNK)
+    weights = tl.dot(q, tl.trans(k), input_precision="ieee")
+    weights = tl.where(row[:, None] >= row[None, :], weights, 0.0)
+    denominator = tl.sum(weights, 1) + eps
+    acc = tl.dot(q, mean, input_precision="ieee") * (seen / denominator)[:, None]
+    return tl.dot((weights / denominator[:, None]).to(v.dtype), v, acc, input_precision="ieee"), denominator

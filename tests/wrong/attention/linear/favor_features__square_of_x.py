@@ -1,0 +1,10 @@
+"""chapters.attention.linear.favor_features: subtracts half the square of x, not of the scaled x."""
+
+
+def favor_features(x: np.ndarray, projection: np.ndarray, query: bool, eps: float = 1e-4) -> np.ndarray:
+    require_projection(x, projection)
+    y = x * x.shape[-1] ** -0.25
+    along = y @ projection.T  # [..., T, m]
+    largest = along.max(axis=-1 if query else (-2, -1), keepdims=True)
+    half_square = (x * x).sum(axis=-1, keepdims=True) / 2
+    return (np.exp(along - half_square - largest) + eps) / math.sqrt(len(projection))

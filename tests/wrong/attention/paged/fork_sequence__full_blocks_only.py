@@ -1,0 +1,14 @@
+"""chapters.attention.paged.fork_sequence: leaves out the last block where it is not full."""
+
+
+def fork_sequence(manager: BlockManager, parent: int, child: int, length: int | None = None) -> None:
+    length = manager.lengths.get(parent, 0) if length is None else length
+    if child in manager.tables or not 1 <= length <= manager.lengths.get(parent, 0):
+        raise ValueError(
+            f"need a new child and 1 .. {manager.lengths.get(parent, 0)} positions of parent {parent}, got {child}, "
+            f"{length}"
+        )
+    manager.tables[child] = manager.tables[parent][: length // manager.block_size]
+    manager.lengths[child] = length
+    for block in manager.tables[child]:
+        manager.owners[block] += 1

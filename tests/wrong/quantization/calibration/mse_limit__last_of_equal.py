@@ -1,0 +1,12 @@
+"""chapters.quantization.calibration.mse_limit: of equal errors the last wins."""
+
+
+def mse_limit(histogram: Histogram, bits: int, unsigned: bool = False, start: int = 128, stride: int = 1) -> float:
+    top = 2 ** (bits - 1 + unsigned) - 1
+    centers = (np.arange(len(histogram.counts)) + 0.5) * histogram.width
+    limits = centers[_candidates(histogram, bits, start, len(centers), stride)]
+    errors = []
+    for limit in limits:
+        values = np.minimum(np.rint(centers / (limit / top)), top) * (limit / top)
+        errors.append(((values - centers) ** 2 * histogram.counts).sum())
+    return float(limits[len(errors) - 1 - np.argmin(errors[::-1])])

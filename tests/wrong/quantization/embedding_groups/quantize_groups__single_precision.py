@@ -1,0 +1,18 @@
+"""chapters.quantization.embedding_groups.quantize_groups: divides in float32 whatever the arguments are."""
+
+
+def quantize_groups(x: np.ndarray, order: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int = 8) -> np.ndarray:
+    if bits not in range(1, 9):
+        raise ValueError(f"bits must be an integer from 1 to 8, got {bits!r}")
+    channels, groups = x.shape[-1], len(scale)
+    if not np.array_equal(np.sort(order), np.arange(channels)):
+        raise ValueError(f"order must be a permutation of the {channels} channels of x")
+    if scale.shape != zero.shape or groups == 0 or channels % groups:
+        raise ValueError(f"scale and zero must be [groups], a divisor of {channels}; got {scale.shape}, {zero.shape}")
+    if not (np.isfinite(x).all() and np.isfinite(scale).all() and (scale > 0).all()):
+        raise ValueError("x must be finite, and scale positive and finite")
+    x, scale = x.astype(np.float32), scale.astype(np.float32)
+    grouped = x[:, order].reshape(len(x), groups, -1)  # [tokens, groups, channels / groups]
+    with np.errstate(over="ignore"):  # infinity clips, too
+        codes = np.rint(grouped / scale[:, None]) + zero[:, None]
+    return np.clip(codes, 0, 2**bits - 1).astype(np.uint8).reshape(x.shape)

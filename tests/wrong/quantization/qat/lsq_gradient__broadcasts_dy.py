@@ -1,0 +1,13 @@
+"""chapters.quantization.qat.lsq_gradient: takes a dy of any shape that broadcasts."""
+
+
+def lsq_gradient(
+    x: np.ndarray, scale: np.ndarray, dy: np.ndarray, bits: int, signed: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    (low, high), q = limits(bits, signed), quotients(x, scale)
+    dy = np.resize(dy, np.shape(x))
+    dy = cut(dy, len(scale))
+    inside = (low <= q) & (q <= high)
+    change = np.where(inside, np.rint(q) - q, np.clip(q, low, high))
+    dscale = (dy * change).sum(axis=1) / math.sqrt(q.shape[1] * high)
+    return np.where(inside, dy, 0).reshape(np.shape(x)), dscale

@@ -1,0 +1,14 @@
+"""chapters.quantization.qat.lsq_gradient: looks at the rounded quotient, so that 7.4 counts as inside."""
+
+
+def lsq_gradient(
+    x: np.ndarray, scale: np.ndarray, dy: np.ndarray, bits: int, signed: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    (low, high), q = limits(bits, signed), quotients(x, scale)
+    if np.shape(dy) != np.shape(x):
+        raise ValueError(f"dy must be shaped like x, {np.shape(x)}, got {np.shape(dy)}")
+    dy = cut(dy, len(scale))
+    inside = (low <= np.rint(q)) & (np.rint(q) <= high)
+    change = np.where(inside, np.rint(q) - q, np.clip(q, low, high))
+    dscale = (dy * change).sum(axis=1) / math.sqrt(q.shape[1] * high)
+    return np.where(inside, dy, 0).reshape(np.shape(x)), dscale

@@ -1,0 +1,12 @@
+"""chapters.quantization.smoothquant.quantize: a float64 scale makes the division one of float64."""
+
+
+def quantize(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    if x.ndim != 2 or scale.shape not in ((1,), x.shape[:1]):
+        raise ValueError(f"scale must be [rows] or [1] for x {x.shape}, got {scale.shape}")
+    x = x.astype(np.promote_types(x.dtype, np.float32))
+    with np.errstate(over="ignore"):  # infinity clips, too
+        if not (np.isfinite(x).all() and np.isfinite(scale).all() and (scale > 0).all()):
+            raise ValueError(f"x must be finite, and scale positive and finite in {x.dtype}")
+        steps = x / scale[:, None]
+    return np.rint(steps).clip(-128, 127).astype(np.int8)
