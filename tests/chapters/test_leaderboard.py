@@ -59,6 +59,12 @@ def test_the_picture_shows_every_technique_and_names_what_is_above_it():
     assert max(max(line.get_ydata()) for line in drawn.lines) == leaderboard.CEILING * 20
 
 
+def test_no_two_techniques_look_alike():
+    points = [Point(entry.dotted, "", 3, 25) for entry in contents.CONTENTS]
+    lines = leaderboard.picture(board(*points)).axes[0].lines
+    assert len({(line.get_marker(), line.get_color()) for line in lines}) == len(points) + 1
+
+
 def test_the_table_begins_with_few_bits():
     assert [row["bits"] for row in leaderboard.rows(board(N_M, GPTQ))] == ["3.1", "9"]
 
