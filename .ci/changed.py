@@ -13,7 +13,7 @@ from pathlib import Path
 from chapters.contents import CONTENTS, Entry
 
 ROOT = Path(__file__).resolve().parents[1]
-HOURS = 6
+HOURS = 3
 SHARED = ("minitfm/", "pyproject.toml", "constraints.txt", "Makefile", ".ci/")
 
 
