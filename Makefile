@@ -23,13 +23,18 @@ READY := $(VENV)/ready
 BROWSER := $(VENV)/browser-ready
 endif
 
-.PHONY: help tour test lint lab check bench notebooks verify
+# The oldest Triton that the kernels are compiled with, beside the one that constraints.txt names.
+OLD_TRITON := 3.6.0
+OLD := build/triton-$(OLD_TRITON)
+
+.PHONY: help tour test lint lab check check-old bench notebooks verify
 
 help:
 	@echo "make tour       run every chapter's claim on the base model and write report/index.html"
 	@echo "make test       lint, types and tests"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make check      compile every kernel for three GPUs, no GPU needed, and inspect the machine code"
+	@echo "make check-old  the same with the oldest Triton that is supported"
 	@echo "make bench      time every kernel beside its peer (needs a GPU)"
 	@echo "make notebooks  execute the notebooks and write them"
 	@echo "make verify     everything, at length: an hour or more"
@@ -51,6 +56,9 @@ lab: $(READY)
 check: $(READY)
 	$(RUN) -m kernels check $(ARGS)
 
+check-old: $(OLD)/ready
+	PYTHONPATH="$(CURDIR)/$(OLD)" $(RUN) -m kernels check $(ARGS)
+
 bench: $(READY)
 	$(RUN) -m kernels bench $(ARGS)
 
@@ -61,6 +69,7 @@ verify: lint $(BROWSER)
 	$(RUN) -m pytest -m "" --profile thorough
 	$(RUN) notebooks/build.py --no-write
 	$(RUN) -m kernels check
+	$(MAKE) check-old
 	$(RUN) -m chapters tour --full
 	$(RUN) -m chapters mistakes
 
@@ -73,4 +82,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(VENV)/browser-ready: $(VENV)/ready
 	$(INSTALL) -e ".[browser]"
+	@touch $@
+
+$(OLD)/ready: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD) triton==$(OLD_TRITON)
 	@touch $@

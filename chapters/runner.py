@@ -77,7 +77,6 @@ def chapter_parser(kind: type[argparse.ArgumentParser], entry: contents.Entry) -
 def run_apply(entry: contents.Entry, chapter: ModuleType, lab: Lab, args: argparse.Namespace) -> None:
     """Compress, print what it saves and costs, and save if asked."""
     model = lab.model()
-    names = set(model.state_dict())
     block_weights = sum(layer.weight.numel() for layer in surgery.linears(model).values())
     if args.save:
         require_writable(args.save)
@@ -92,7 +91,7 @@ def run_apply(entry: contents.Entry, chapter: ModuleType, lab: Lab, args: argpar
     }
     print_comparison(entry.title, rows)
     if args.save:
-        save(args.save, model, lab, names, {"technique": entry.dotted, "bits per weight": bits, **report})
+        save(args.save, model, lab, {"technique": entry.dotted, "bits per weight": bits, **report})
 
 
 def compress(chapter: ModuleType, model: Transformer, lab: Lab, args: argparse.Namespace) -> dict[str, float | str]:
@@ -103,12 +102,17 @@ def compress(chapter: ModuleType, model: Transformer, lab: Lab, args: argparse.N
     return {name: value if isinstance(value, str) else float(value) for name, value in measured.items()}
 
 
-def save(folder: Path, model: Transformer, lab: Lab, names: set[str], extra: dict) -> None:
-    """Write the changed model. Raises ValueError if it no longer has the plain model's parameters."""
-    if set(model.state_dict()) != names:
+def save(folder: Path, model: Transformer, lab: Lab, extra: dict) -> None:
+    """Write the changed model. Raises ValueError if its parameters are no longer those of a plain one of its config."""
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    if set(model.state_dict()) != set(plain.state_dict()):
         raise ValueError("--save: the changed model has other parameters than the plain one, it cannot be saved")
     checkpoint.save(folder, model, lab.tokenizer, lab.info | extra)
-    print(f"saved to {folder}: the compressed values as plain float32 numbers, so the file itself is not smaller.")
+    if model.num_parameters() < lab.parameters:
+        print(f"saved to {folder}: {model.num_parameters():,} of {lab.parameters:,} parameters, in float32.")
+    else:
+        print(f"saved to {folder}: the compressed values as plain float32 numbers, so the file itself is not smaller.")
     print(f"Try it: python -m minitfm generate --model {folder}")
 
 

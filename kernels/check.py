@@ -4,7 +4,8 @@ Gates, each on the machine code that a launch would run:
 
 - no register is spilled: one spilled loop costs more than any tuning wins back;
 - shared memory fits: a kernel over the limit compiles and then fails to launch;
-- at most 235 registers, so that an assembler that needs a few more, in an older Triton, does not spill;
+- at most 235 registers, so that an assembler that needs a few more, in an older Triton, does not spill (with the oldest
+  Triton that the book supports there is none to leave room for, see `make check-old`);
 - "matrix" cases: each of the case's kernels that says `tl.dot` has tensor-core instructions, and at least one says it;
 - "matrix" cases: no wgmma waits for the one before it, of which the assembler warns (C75xx) and Triton says nothing;
 - "stream" cases: each kernel that carries weight loads 128 bits at a time. A kernel carries weight if its tensor
@@ -35,6 +36,7 @@ from kernels.hardware import ARCHITECTURES, GPUS, floor_seconds, occupancy
 from kernels.tables import Table, markdown, replace_file, show
 
 MAX_REGISTERS = 235
+OLDEST_TRITON = "3.6"
 RESULTS = Path(__file__).parent / "results"
 LEGEND = "Load, store: bits of the widest global one; in brackets the share of load bytes that goes by 128 bits."
 
@@ -150,7 +152,7 @@ def _resource_failures(row: Row) -> list[str]:
         failures.append(f"spills {row.spill_bytes} bytes of registers per thread")
     if row.shared_bytes > limit:
         failures.append(f"needs {row.shared_bytes} bytes of shared memory, more than the {limit} of sm_{row.arch}")
-    if row.registers > MAX_REGISTERS:
+    if row.registers > MAX_REGISTERS and not row.compiler.startswith(f"triton {OLDEST_TRITON}."):
         failures.append(f"uses {row.registers} registers, more than {MAX_REGISTERS}: no headroom for another compiler")
     return failures
 

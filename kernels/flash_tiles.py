@@ -37,3 +37,25 @@ def launch_options(kernel: str, q: Tensor, causal: bool, block_q: int | None, bl
         "num_warps": tile[2],
         "num_stages": tile[3],
     }
+
+
+# the kernels of `flash_variants` do more with each score; none of their options, nor all, spills on any of the three
+VARIANT_TILES = {
+    "forward": {128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+    "key gradient": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "query gradient": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
+}
+
+
+def variant_options(kernel: str, q: Tensor, block_q: int | None, block_k: int | None) -> dict:
+    """The same for `flash_variants`, which tells causal from other windows by itself."""
+    D, table = q.shape[-1], VARIANT_TILES[kernel]
+    tile = TILE_FLOAT32 if q.dtype == torch.float32 else table[min(size for size in table if size >= D)]
+    blocks = {"BLOCK_Q": block_q or tile[0], "BLOCK_K": block_k or tile[1]}
+    return {
+        "D": D,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        **blocks,
+        "num_warps": tile[2],
+        "num_stages": tile[3],
+    }

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minitfm.model import FeedForward, Transformer
+from minitfm.model import Attend, FeedForward, Transformer
 
 
 def linears(model: Transformer) -> dict[str, nn.Linear]:
@@ -32,6 +33,15 @@ def replace(model: Transformer, name: str, module: nn.Module) -> nn.Module:
         raise KeyError(f"the model has no submodule {name!r}") from None
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+    return old
+
+
+def set_attend(model: Transformer, layer: int, attend: Attend) -> Attend:
+    """Let one layer attend by `attend`; return what it attended by. A module's parameters become the model's."""
+    mixer: Any = model.blocks[layer].get_submodule("attention")
+    old = mixer.attend
+    del mixer.attend  # a function in a module's place, or the reverse, is refused otherwise
+    mixer.attend = attend
     return old
 
 

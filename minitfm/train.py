@@ -38,7 +38,8 @@ class Settings:
     warm_up: share of the steps over which both rise from zero; then the schedule takes them to zero ("constant": keeps
     them). weight_decay is decoupled and spares norms and embeddings (0.3 with Muon left two in three
     feed-forward neurons of the base model dead). validate_every, save_every: steps, 0 for never (the last step always
-    validates). state: the file that `train` saves to and resumes from.
+    validates). state: the file that `train` saves to and resumes from. purpose: what else decides the run, such as the
+    loss, in words: a state that was saved for another purpose is refused.
     Raises ValueError for settings that make no sense.
     """
 
@@ -56,6 +57,7 @@ class Settings:
     validate_every: int = 0
     save_every: int = 0
     state: Path | None = None
+    purpose: str = ""
 
     def __post_init__(self) -> None:
         for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):

@@ -23,6 +23,17 @@ BUILT_ON: dict[str, set[str]] = {
         f"chapters.attention.flash.{name}"
         for name in ("attention", "checked_scale", "finite", "group_heads", "tile_scores")
     },
+    "attention.flash_variants": {
+        f"chapters.attention.flash.{name}"
+        for name in ("Shape", "absorb_tile", "checked_scale", "finite", "group_heads")
+    },
+    "attention.lsh": {"chapters.attention.flash_decoding.combine"},
+    "attention.patterns": {
+        f"chapters.attention.flash.{name}" for name in ("absorb_tile", "checked_scale", "group_heads")
+    },
+    "attention.linformer": {
+        f"chapters.attention.flash.{name}" for name in ("attention", "checked_scale", "group_heads")
+    },
     "quantization.awq": {
         f"chapters.quantization.weight_only.{name}" for name in ("Quantized", "checked", "quantize_each")
     },

@@ -11,7 +11,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from chapters import claims
+from chapters import claims, student_lab
 from chapters.__main__ import main
 from chapters.report import shown
 from chapters.workbook import ROOT
@@ -121,6 +121,18 @@ def test_a_saved_model_is_the_changed_one(book, options, tmp_path, capsys, lab):
     halve(expected, lab.calibration(), Namespace(sequences=128, factor=0.5))
     assert evaluate.perplexity(saved.model, lab.validation) == lab.perplexity(expected) != lab.base_perplexity
     assert saved.info["technique"] == "sparsity.holds" and saved.info["bits per weight"] == 8
+
+
+def test_a_model_with_fewer_layers_is_saved_with_its_own_config(book, options, tmp_path, capsys, lab):
+    def shorten(model, tokens, args):
+        student_lab.keep_layers(model, 1)
+        return {"bits per weight": 16}
+
+    book["holds"].apply = shorten
+    assert main(["run", "holds", "--save", str(tmp_path / "new"), *options]) == 0
+    saved = checkpoint.load(tmp_path / "new").model
+    assert saved.config.layers == 1 and saved.num_parameters() < lab.parameters
+    assert f"{saved.num_parameters():,} of {lab.parameters:,} parameters" in capsys.readouterr().out
 
 
 def test_a_model_that_is_no_longer_plain_is_not_saved(book, options, tmp_path, capsys):

@@ -177,6 +177,12 @@ def test_gates_hold_up_to_their_limits():
     assert len(judged(arch=80, shared_bytes=163 * 1024 + 1)) == len(judged(kind="stream", load_bits=64)) == 1
 
 
+def test_the_oldest_compiler_needs_no_room_for_an_older_one():
+    old, own = f"triton {check.OLDEST_TRITON}.0, ptxas 12.8", "triton 3.7.1, ptxas 12.8"
+    assert judged(registers=236, compiler=old) == [] and len(judged(registers=236, compiler=own)) == 1
+    assert len(judged(spill_bytes=4, compiler=old)) == 1
+
+
 def pair(kind: str, first: dict, second: dict) -> list[bool]:
     """Whether each of two kernels of one case passes."""
     found = [check.Row("t", "c", 90, kind=kind, kernel="k", **fields) for fields in (first, second)]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minitfm import surgery
+from minitfm.model import causal_attention
 from tests.minitfm.models import tiny_model, tokens
 
 
@@ -49,6 +50,28 @@ def test_replace_puts_a_module_in_place_and_returns_the_old_one():
 def test_replace_knows_its_submodules(name):
     with pytest.raises(KeyError, match=name):
         surgery.replace(tiny_model(), name, nn.Identity())
+
+
+class Doubled(nn.Module):
+    """An attention with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, q, k, v):
+        return self.factor * causal_attention(q, k, v)
+
+
+def test_a_layer_can_get_an_attention_of_its_own_and_lose_it_again():
+    model = tiny_model()
+    before, names = model(tokens(1, 4)), set(model.state_dict())
+    module = Doubled()
+    assert surgery.set_attend(model, 1, module) is causal_attention
+    assert set(model.state_dict()) - names == {"blocks.1.attention.attend.factor"}
+    assert not torch.allclose(model(tokens(1, 4)), before)
+    assert surgery.set_attend(model, 1, causal_attention) is module
+    assert set(model.state_dict()) == names and torch.equal(model(tokens(1, 4)), before)
 
 
 @given(count=st.integers(1, 5), batch=st.integers(1, 6))

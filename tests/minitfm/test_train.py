@@ -232,6 +232,8 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     kept = settings.state.read_bytes()
     with pytest.raises(CheckpointError, match="belongs to a run with other learning_rate, seed: remove it"):
         train(tiny_model(), STREAM, replace(settings, seed=7, learning_rate=1e-4))
+    with pytest.raises(CheckpointError, match="other purpose"):
+        train(tiny_model(), STREAM, replace(settings, purpose="another loss"))
     with pytest.raises(CheckpointError, match="other data"):
         train(tiny_model(), STREAM.flip(0), settings)
     with pytest.raises(CheckpointError, match="other config"):

@@ -1,0 +1,7 @@
+"""chapters.attention.adaptive_span.soft_mask: the query itself is taken for the first key behind it."""
+
+
+def soft_mask(distance: np.ndarray, span: np.ndarray, ramp: int, max_span: int) -> np.ndarray:
+    span = checked_spans(span, ramp, max_span)
+    inside = (distance >= 0) & (distance < max_span)
+    return np.where(inside, np.clip((ramp + span - distance - 1) / ramp, 0, 1), 0)

@@ -1,0 +1,7 @@
+"""chapters.attention.adaptive_span.soft_mask: keys after the query count in full."""
+
+
+def soft_mask(distance: np.ndarray, span: np.ndarray, ramp: int, max_span: int) -> np.ndarray:
+    span = checked_spans(span, ramp, max_span)
+    inside = distance < max_span
+    return np.where(inside, np.clip((ramp + span - distance) / ramp, 0, 1), 0)

@@ -1,0 +1,13 @@
+"""chapters.attention.flash_variants.modified_scores: masks first, and the cap makes a number of −inf."""
+
+
+def modified_scores(
+    scores: np.ndarray, distance: np.ndarray, left: float, right: float, softcap: float | None = None,
+    slopes: np.ndarray | None = None,
+) -> np.ndarray:
+    scores = np.where((-left <= distance) & (distance <= right), scores, -np.inf).astype(scores.dtype)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores - slopes * np.abs(distance).astype(scores.dtype)
+    return scores
