@@ -1,12 +1,14 @@
 """Print the chapters that the last piece of work touched, one dotted name a line, for .ci/run.
 
 A piece of work is a few commits within a few hours: what is compared is the newest commit at least that much older
-than HEAD. Work on what all chapters stand on adds one chapter of each part. Without such a commit, or without git,
-all chapters are printed.
+than HEAD. Work on what all chapters stand on adds one chapter of each part. Of more than MOST chapters so many are
+drawn by the name of the commit: continuous integration ends in time, and another commit tries others. Without such
+a commit, or without git, they are drawn from all chapters.
 """
 
 from __future__ import annotations
 
+import random
 import subprocess
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from chapters.contents import CONTENTS, Entry
 
 ROOT = Path(__file__).resolve().parents[1]
 HOURS = 3
+MOST = 10  # chapters: about a minute each
 SHARED = ("minitfm/", "pyproject.toml", "constraints.txt", "Makefile", ".ci/")
 
 
@@ -53,5 +56,19 @@ def chosen(paths: list[str] | None) -> list[str]:
     return [entry.dotted for entry in CONTENTS if entry in firsts or any(touches(path, entry) for path in paths)]
 
 
+def drawn(names: list[str], commit: str) -> list[str]:
+    """At most MOST of the names, in their order; the same ones for the same commit."""
+    places = random.Random(commit).sample(range(len(names)), min(MOST, len(names)))
+    return [names[place] for place in sorted(places)]
+
+
+def head() -> str:
+    """The name of the commit; "" without git."""
+    try:
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 if __name__ == "__main__":
-    print("\n".join(chosen(changed_files())))
+    print("\n".join(drawn(chosen(changed_files()), head())))

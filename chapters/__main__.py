@@ -1,4 +1,4 @@
-"""The book's command line: `python -m chapters list | tour | claim | run | leaderboard | exercise | …`.
+"""The book's command line: `python -m chapters list | tour | claim | run | leaderboard | …`.
 
 What a chapter offers to `python -m chapters run NAME` is one of three functions, all optional:
 
@@ -30,7 +30,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from chapters import claims, contents, leaderboard, readme, runner, tour, workbook
+from chapters import claims, contents, leaderboard, long_context, readme, runner, tour, workbook
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +49,7 @@ def parser() -> Parser:
     add_claim(commands)
     runner.add_command(commands)
     add_leaderboard(commands)
+    add_long_context(commands)
     workbook.add_command(commands)
     add_mistakes(commands)
     add_grade(commands)
@@ -86,6 +87,12 @@ def add_leaderboard(commands) -> None:
     command = commands.add_parser("leaderboard", help="measure bits and perplexity of every compression's settings")
     command.add_argument("names", nargs="*", metavar="NAME", help="chapters, such as gptq; all if none is given")
     command.set_defaults(run=leaderboard.run, model=None, text=None, full=True)
+
+
+def add_long_context(commands) -> None:
+    """`long-context`: a decode step of every attention chapter."""
+    command = commands.add_parser("long-context", help="measure a decode step with each attention, up to 4,096 tokens")
+    command.set_defaults(run=long_context.run, model=None, text=None, full=False)
 
 
 def add_mistakes(commands) -> None:

@@ -30,8 +30,12 @@ def write(
     seconds: float,
     interrupted: bool = False,
     board: dict[str, Any] | None = None,
+    contexts: dict[str, Any] | None = None,
 ) -> None:
-    """Render the report of the `chapters` (see `sections`) and of the leaderboard, and put it at `page` whole."""
+    """Render the report of the `chapters` (see `sections`), the leaderboard and long contexts, and put it at `page`.
+
+    It is put there whole or not at all.
+    """
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     ).get_template("report.html")
@@ -43,6 +47,7 @@ def write(
         environment=environment(lab, seconds),
         interrupted=interrupted,
         board=board,
+        contexts=contexts,
     )
     with replace_file(page) as temporary:
         temporary.write_text(html, encoding="utf-8")

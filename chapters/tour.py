@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from chapters import contents, leaderboard, report
+from chapters import contents, leaderboard, long_context, report
 from chapters.claims import Result, recorded, require_writable, run_claim
 from chapters.contents import Entry
 from chapters.lab import Lab
@@ -50,13 +50,13 @@ def tour(entries: Sequence[Entry], lab: Lab, folder: Path, console: Console) -> 
     page = folder / "index.html"
     for entry in entries:
         recorded(entry.name)
-    board = leaderboard.section()
+    board, contexts = leaderboard.section(), long_context.section()
     start = time.perf_counter()
     results: list[Result] = []
 
     def keep(interrupted: bool = False) -> None:
         seconds = time.perf_counter() - start
-        report.write(page, report.sections(results, entries), lab, seconds, interrupted, board)
+        report.write(page, report.sections(results, entries), lab, seconds, interrupted, board, contexts)
 
     try:
         run_all(entries, lab, console, results, keep)

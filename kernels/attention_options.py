@@ -16,7 +16,7 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 
 from kernels import attentions
 from kernels.cases import Case
@@ -130,14 +130,16 @@ class Setting:
         sides = (None if self.window is None else self.window - 1, None)
         return {"window": sides, "softcap": self.softcap, "slopes": slopes, "cu_q": cu}
 
-    def visible(self, batch, head, row, column):
-        """FlexAttention's mask, and the one that `naive` takes."""
-        seen = (column <= row) & (row - column < (self.window or self.tokens))
-        if len(self.lengths) > 1:
-            lengths = torch.tensor(self.lengths, device=row.device)
-            whose = torch.arange(len(lengths), device=row.device).repeat_interleave(lengths)
-            seen = seen & (whose[row] == whose[column])
-        return seen
+    def visible(self, device: torch.device) -> Callable:
+        """FlexAttention's mask, a function of batch, head, row and column, and the one that `naive` takes."""
+        window, several, lengths = self.window or self.tokens, len(self.lengths) > 1, torch.tensor(self.lengths)
+        whose = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+
+        def visible(batch, head, row, column):  # FlexAttention takes no method, and compiles no making of tensors
+            seen = (column <= row) & (row - column < window)
+            return seen & (whose[row] == whose[column]) if several else seen
+
+        return visible
 
     def modify(self, score, batch, head, row, column):
         """FlexAttention's change of a scaled score."""
@@ -157,19 +159,14 @@ def options_on(setting: Setting, device: torch.device) -> dict:
 @functools.cache
 def block_mask(setting: Setting, device: torch.device):
     """Which blocks FlexAttention visits, found once."""
-    return create_block_mask(setting.visible, None, None, setting.tokens, setting.tokens, str(device))
-
-
-@functools.cache
-def compiled() -> Callable:
-    """FlexAttention without it is not fused."""
-    return torch.compile(flex_attention)
+    return create_block_mask(setting.visible(device), None, None, setting.tokens, setting.tokens, str(device))
 
 
 def flex(setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlexAttention with the setting's mask and change of scores."""
     changed = setting.modify if setting.softcap or setting.alibi else None
-    return compiled()(q, k, v, changed, block_mask(setting, q.device), enable_gqa=q.shape[1] != k.shape[1])
+    mask, gqa = block_mask(setting, q.device), q.shape[1] != k.shape[1]
+    return attentions.compiled_flex()(q, k, v, changed, mask, enable_gqa=gqa)
 
 
 def varlen(setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -193,7 +190,7 @@ def naive(setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """All scores of a head in memory, in float32, one head after the other."""
     place, group, parts = torch.arange(setting.tokens, device=q.device), q.shape[1] // k.shape[1], []
     row, column = place[:, None], place[None, :]
-    hidden = ~setting.visible(0, 0, row, column)
+    hidden = ~setting.visible(q.device)(0, 0, row, column)
     for head in range(q.shape[1]):
         scores = q[0, head].float() @ k[0, head // group].float().T * q.shape[3] ** -0.5
         scores = setting.modify(scores, 0, torch.tensor(head, device=q.device), row, column)

@@ -6,14 +6,14 @@ Blocks of 128, as flex_attention has by default; bfloat16, batch 1, as many quer
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from kernels.attentions import inputs
+from kernels.attentions import compiled_flex, inputs
 from kernels.block_lists import DeviceMask, both_ways
 from kernels.cases import Case
 
@@ -54,12 +54,6 @@ def attend_band(window: int, sinks: int, q: Tensor, k: Tensor, v: Tensor, mask: 
         parts.append(((scores.softmax(-1) @ values).to(q.dtype), scores.logsumexp(-1)))
     out, lse = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
     return out, lse
-
-
-@cache
-def compiled_flex() -> Callable:
-    """flex_attention as it is meant to run."""
-    return torch.compile(flex_attention, dynamic=False)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor]:

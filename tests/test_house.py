@@ -34,6 +34,20 @@ BUILT_ON: dict[str, set[str]] = {
     "attention.linformer": {
         f"chapters.attention.flash.{name}" for name in ("attention", "checked_scale", "group_heads")
     },
+    "distillation.divergences": {
+        f"chapters.distillation.soft_targets.{name}" for name in ("require_temperature", "token_mean")
+    },
+    "moe.experts": {f"chapters.moe.routing.{name}" for name in ("Gate", "Routing")},
+    "moe.task_routing": {f"chapters.moe.routing.{name}" for name in ("Gate", "route")},
+    "moe.residual": {"chapters.moe.routing.Gate"},
+    "moe.batch_priority": {
+        *(f"chapters.moe.{name}" for name in ("routing", "routing.Renormalise", "routing.Routing")),
+        *(f"chapters.moe.routing.{name}" for name in ("queued", "routed")),
+    },
+    "pruning.wanda": {
+        *(f"chapters.pruning.magnitude.{name}" for name in ("keep_largest", "prune_model", "row_mask")),
+        "chapters.sparsity.n_m.n_m_mask",
+    },
     "quantization.awq": {
         f"chapters.quantization.weight_only.{name}" for name in ("Quantized", "checked", "quantize_each")
     },

@@ -15,7 +15,7 @@ import pytest
 from chapters.contents import CONTENTS
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ("tour", "test", "lab", "check", "bench", "notebooks", "verify")
+TARGETS = ("tour", "test", "lab", "check", "check-old", "bench", "notebooks", "verify")
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
@@ -39,7 +39,7 @@ def test_every_target_builds_the_environment_first_unless_told_not_to(target, tm
 
 @needs_make
 def test_make_alone_lists_every_target():
-    listed = re.findall(r"^make (\w+)", make().stdout, re.MULTILINE)
+    listed = re.findall(r"^make ([\w-]+)", make().stdout, re.MULTILINE)
     assert sorted(listed) == sorted(TARGETS)
 
 
@@ -98,3 +98,11 @@ def test_ci_is_a_program_that_bash_can_read():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_of_many_chapters_ci_draws_some_by_the_name_of_the_commit():
+    script, names = changed(), [entry.dotted for entry in CONTENTS]
+    few, some = names[:3], script.drawn(names, "a1")
+    assert script.drawn(few, "a1") == few and script.drawn([], "a1") == []
+    assert len(some) == script.MOST == len(set(some)) < len(names)
+    assert some == sorted(some, key=names.index) == script.drawn(names, "a1") != script.drawn(names, "b2")

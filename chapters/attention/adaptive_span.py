@@ -150,8 +150,9 @@ def span_attention_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """(dq, dk, dv, dspan), shaped like q, k, v and span: gradients for dout `[B, H, T, D]`, that of out.
 
-    out and lse are those of `span_attention` without eps on the same arguments. With p = exp(s − lse), the weight of a
-    key is m p, and δ = dout · out its row's sum of weight · (dout · v):
+    dq, dk and dv have the dtype of q; dspan is float64. out and lse are those of `span_attention` without eps on the
+    same arguments. With p = exp(s − lse), the weight of a key is m p, and δ = dout · out its row's sum of weight
+    · (dout · v):
         ds = m p (dout · v − δ),    dq = scale ds k,    dk = scale dsᵀ q,    dv = (m p)ᵀ dout,
         dspan = 1/R Σ p (dout · v − δ) over a head's pairs on the ramp: those with m > 0 and distance >= span.
     dk and dv sum over the query heads that share a key head. Arguments stay as they are. Raises as `span_attention`
@@ -168,10 +169,11 @@ def span_attention_backward(
     inner = dout @ values.swapaxes(-1, -2) - (dout * out).sum(axis=-1, keepdims=True)
     dscores = scale * soft * p * inner
     beyond = distances(T, k.shape[2]) >= span.reshape(kv_heads, -1, 1, 1)
-    dspan = np.sum(p * inner, axis=(0, 3, 4), where=beyond).reshape(H) / ramp
+    dspan = np.sum(p * inner, axis=(0, 3, 4), where=beyond, dtype=np.float64).reshape(H) / ramp
     dk = (dscores.swapaxes(-1, -2) @ queries).sum(axis=2)
     dv = ((soft * p).swapaxes(-1, -2) @ dout).sum(axis=2)
-    return (dscores @ keys).reshape(q.shape), dk, dv, dspan
+    dq = (dscores @ keys).reshape(q.shape)
+    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), dspan
 
 
 RATE, BATCH = 3e-4, 2  # of AdamW; sequences of a step

@@ -50,8 +50,8 @@ def hash_buckets(qk: np.ndarray, rotations: np.ndarray) -> np.ndarray:
 
     qk `[..., T, D]`, of any length: only directions count. rotations `[D, R, n/2]`, or with leading axes that broadcast
     with those of qk. With y = qk rotations of one round, `[..., T, n/2]`, the bucket is the index of the largest of the
-    n numbers [y; −y], the first of equals. Raises ValueError if the shapes do not fit or qk is not finite. Source:
-    Reformer, section 2.
+    n numbers [y; −y], the first of equals. Raises ValueError if the shapes do not fit, one of the two is empty or qk is
+    not finite. Source: Reformer, section 2.
     """
     if qk.ndim < 2 or rotations.ndim < 3 or rotations.shape[-3] != qk.shape[-1] or 0 in (*qk.shape, *rotations.shape):
         raise ValueError(f"qk must be [..., T, D] and rotations [..., D, R, n/2], got {qk.shape} and {rotations.shape}")
@@ -74,8 +74,8 @@ def chunk_pairs(
     another bucket or round. Raises as `require_buckets`. Source: Reformer, section 2; reformer-pytorch, LSHAttention.
     """
     require_buckets(buckets, chunk)
-    (R, T), labels = buckets.shape[-2:], buckets.astype(np.int64)
-    labels = labels + (labels.max() + 1) * np.arange(R)[:, None]  # no two rounds share one
+    (R, T), ranks = buckets.shape[-2:], np.unique(buckets, return_inverse=True)[1].reshape(buckets.shape)
+    labels = ranks + (ranks.max() + 1) * np.arange(R)[:, None]  # no two rounds share one; of ranks, none overflows
     order = np.argsort(labels, axis=-1, kind="stable")  # [..., R, T]
     labels = np.take_along_axis(labels, order, axis=-1)
     parts = [(r, slice(start, start + chunk)) for r in range(R) for start in range(0, T, chunk)]

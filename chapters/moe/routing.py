@@ -120,10 +120,10 @@ def queue(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Everyone's place in the line before its expert, and how long the lines are: slot `[tokens, k]`, load `[experts]`.
 
-    expert int `[tokens, k]`; slot[t, j] counts the choices of the same expert that are served before it. By "choice":
-    first every token's choice 0, then every token's choice 1, and so on. By "token": all k of the first token, then
-    those of the next. Tokens come in the order in which `arrival`, a permutation of range(tokens), lists them; None:
-    as they stand. Both results are int64; an expert that nobody chose has load 0.
+    expert int `[tokens, k]`, those of a token all different; slot[t, j] counts the choices of the same expert that are
+    served before it. By "choice": first every token's choice 0, then every token's choice 1, and so on. By "token": all
+    k of the first token, then those of the next. Tokens come in the order in which `arrival`, a permutation of
+    range(tokens), lists them; None: as they stand. Both results are int64; an expert that nobody chose has load 0.
     Raises ValueError for an expert outside range(experts), another `by`, and an arrival that is no permutation.
     """
     tokens, k = expert.shape
@@ -190,7 +190,7 @@ def balance_loss(p: np.ndarray, expert: np.ndarray) -> float:
 
     f_e is the share of all tokens · k choices that are e, before any is dropped; P_e the mean of p[:, e]. It is 1 for
     lines of equal length. GShard counts first choices only: pass expert[:, :1]. Source: Switch, section 2.2.
-    Raises ValueError unless both have a row for each token, and at least one.
+    Raises ValueError unless both are matrices with a row for each token, of which there is one, and k is not 0.
     """
     if p.ndim != 2 or expert.ndim != 2 or len(p) != len(expert) or expert.size == 0:
         raise ValueError(f"p and expert must have a row for each token, got shapes {p.shape} and {expert.shape}")

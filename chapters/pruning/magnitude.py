@@ -91,8 +91,9 @@ def row_mask(weight: np.ndarray, sparsity: float) -> np.ndarray:
 def global_masks(weights: Sequence[np.ndarray], sparsity: float) -> list[np.ndarray]:
     """Compared over all layers: exactly `dropped(n, sparsity)` of their n weights go, by one threshold.
 
-    weights: arrays of any shapes and dtypes, finite and not empty; returns a bool mask like each. Of equal magnitudes
-    the earlier layer's is kept, within a layer that of the lowest flat index. A layer may lose all that it has.
+    weights: arrays of any shapes and dtypes, finite and not empty; returns a bool mask like each. Magnitudes are those
+    of `magnitudes`; of equal ones the earlier layer's is kept, within a layer that of the lowest flat index. A layer
+    may lose all that it has. Arguments stay as they are.
     Raises ValueError if there are no layers, as `keep_largest`, and unless 0 <= sparsity < 1.
     """
     if not weights:

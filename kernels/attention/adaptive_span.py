@@ -113,7 +113,7 @@ def forward_kernel(
     """One program: one tile of queries of one head. The last tiles see the most keys, so they start first."""
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    span = tl.load(span_ptr + head)
+    span = tl.minimum(tl.load(span_ptr + head), max_span, propagate_nan=tl.PropagateNan.ALL)
     k_ptr += head_start(batch, head // group, k_stride, D)
     v_ptr += head_start(batch, head // group, v_stride, D)
     row = start + tl.arange(0, BLOCK_Q)
@@ -133,7 +133,7 @@ def forward_kernel(
             maximum, total, acc, q, k_ptr, v_ptr, k_stride, v_stride, row, first, last - gap, whole, gap, span, ramp,
             max_span, T, S, scale2, D, BLOCK_K, True,
         )  # fmt: skip
-    acc = acc / total[:, None]  # a query counts itself, so only a span that is NaN gives 0 / 0
+    acc = acc / total[:, None]  # a query counts itself; 0 / 0 if span + ramp is NaN or not above 0
     store_tile(out_ptr + head_start(batch, head, out_stride, D), acc, start, out_stride, T, D, BLOCK_Q, BLOCK_D)
     lse_ptr += tl.program_id(0).to(tl.int64) * T
     tl.store(lse_ptr + row, (maximum + tl.log2(total)) / LOG2E, mask=row < T)
@@ -177,7 +177,7 @@ def query_gradient_kernel(
     """One program: dQ of one tile of queries, and its part of its head's dspan, [B H, tiles]."""
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    span = tl.load(span_ptr + head)
+    span = tl.minimum(tl.load(span_ptr + head), max_span, propagate_nan=tl.PropagateNan.ALL)
     k_ptr += head_start(batch, head // group, k_stride, D)
     v_ptr += head_start(batch, head // group, v_stride, D)
     row = start + tl.arange(0, BLOCK_Q)
@@ -249,14 +249,14 @@ def key_gradient_kernel(
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     rounds = 0
     for member in range(0, group):
-        span = tl.load(span_ptr + kv_head * group + member)
+        span = tl.minimum(tl.load(span_ptr + kv_head * group + member), max_span, propagate_nan=tl.PropagateNan.ALL)
         first, stop = queries_in_reach(start, span, ramp, max_span, T, S, BLOCK_Q, BLOCK_K)
         rounds += stop - first
     head, tile, stop, span = kv_head * group - 1, 0, 0, 0.0
     for _ in range(0, rounds):  # nested loops over heads and tiles would take more registers
         if tile == stop:
             head += 1
-            span = tl.load(span_ptr + head)
+            span = tl.minimum(tl.load(span_ptr + head), max_span, propagate_nan=tl.PropagateNan.ALL)
             tile, stop = queries_in_reach(start, span, ramp, max_span, T, S, BLOCK_Q, BLOCK_K)
         statistics = (batch * kv_heads * group + head).to(tl.int64) * T
         dk, dv = add_key_gradients(

@@ -109,8 +109,8 @@ def gradient_kernel(
     dsoft · T (q − p) + dhard · (e − one at the target), the latter 0 where the target is `ignored`. Where both weights
     are 0 so is the gradient, and the logits are not read.
     """
-    program = tl.program_id(0).to(tl.int64)
-    row, column = program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)  # dividing 64 bits would take longer than many a logit
+    row, column = (program // blocks).to(tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)
     target, scale = tl.load(target_ptr + row), LOG2_E / temperature
     dsoft = tl.load(dsoft_ptr + row) * temperature
     dhard = tl.where(target == ignored, 0.0, tl.load(dhard_ptr + row))

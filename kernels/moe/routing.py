@@ -10,8 +10,9 @@ No sum depends on who comes first: the same bits always, those of first come, fi
 
 With T tokens, E experts, k choices, e bytes a logit and B = T / BLOCK programs in each half:
     floor       e T E + 12 T k + 4 E bytes: logits in; int32 expert and slot, float32 weight and load out
-    moved       8 T k more, to read experts and gates again, and 4 B (B + 1) k E of counts, nearly all from L2: 0.5 MB
-                for T = 4096, E = 8, k = 2
+    moved       12 T k more, as experts and gates are read again and weights written over them, and 4 B (B + 1) k E of
+                counts, nearly all in L2: 0.07 MB for T = 4096, E = 8, k = 2, where B is 32; but 135 MB, 30 times the
+                floor, for E = 256, k = 8, where it is 128
     operations  a few for each of T E logits: it waits for memory, and for its first half
 Replaces softmax, topk, and for each choice one_hot, cumsum and a masked sum: about 10 k launches that write and read
 int64 matrices [T, E], 8 bytes an element: over 32 T E k bytes. Before the launch, 8 bytes are set to 0.
@@ -68,15 +69,15 @@ def choose_block(
 @triton.jit
 def add_counts(counts, block, blocks, j, K: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """From counts [blocks, K, WIDTH]: how many chose each expert as choice j before this block, and in all; [WIDTH]."""
-    before = tl.zeros((WIDTH,), tl.int32)
-    total = tl.zeros((WIDTH,), tl.int32)
+    before = tl.zeros((CHUNK, WIDTH), tl.int32)  # added up once, at the end: in the loop, warps would have to meet
+    total = tl.zeros((CHUNK, WIDTH), tl.int32)
     for start in range(0, blocks, CHUNK):
         other = start + tl.arange(0, CHUNK)
         place = (other[:, None] * K + j) * WIDTH + tl.arange(0, WIDTH)[None, :]
         found = tl.load(counts + place, mask=(other < blocks)[:, None], other=0, cache_modifier=".cg")
-        before += tl.sum(tl.where((other < block)[:, None], found, 0), axis=0)
-        total += tl.sum(found, axis=0)
-    return before, total
+        before += tl.where((other < block)[:, None], found, 0)
+        total += found
+    return tl.sum(before, axis=0), tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -204,7 +205,8 @@ def route(
     route_kernel[(2 * blocks,)](
         logits, noise, arrival, expert, weight, slot, load, counts, state, tokens, places, blocks,
         EXPERTS=experts, K=k, BY_CHOICE=by == "choice", RENORMALISE=RENORMALISE.index(renormalise),
-        BLOCK=rows, WIDTH=width, CHOICES=choices, CHUNK=max(1, 512 // width), num_warps=8 if width > 32 else 4,
+        BLOCK=rows, WIDTH=width, CHOICES=choices, CHUNK=(512 if width <= 64 else 2048) // width,
+        num_warps=8 if width > 32 else 4,
     )  # fmt: skip
     return expert, weight, slot, load
 
@@ -237,7 +239,7 @@ def check_tensors(logits: Tensor, noise: Tensor | None, arrival: Tensor | None) 
 def torch_route(logits: Tensor, k: int, capacity: int, renormalise: str = "never") -> tuple[Tensor, ...]:
     """`route` by choice in plain torch operators, as MoE code has it: one-hot matrices and sums along them."""
     gates = logits.float().softmax(1)
-    expert = gates.argsort(dim=1, descending=True, stable=True)[:, :k]
+    expert = logits.float().argsort(dim=1, descending=True, stable=True)[:, :k]
     taken, slots = torch.zeros(1, logits.shape[1], dtype=torch.int64, device=logits.device), []
     for chosen in expert.unbind(1):
         hot = F.one_hot(chosen, logits.shape[1])

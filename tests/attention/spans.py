@@ -113,7 +113,7 @@ BAD_SHAPES = [
     {"span": (2,)},
     {"span": (4, 1)},
 ]
-BAD_OPTIONS = [{"ramp": 0}, {"max_span": 0}, {"scale": 0.0}, {"scale": math.nan}, {"scale": -1.0}]
+BAD_OPTIONS = [{"ramp": 0}, {"max_span": 0}, {"scale": 0.0}, {"scale": math.inf}, {"scale": math.nan}, {"scale": -1.0}]
 BAD_SPANS = [-0.5, 5.5, math.nan, math.inf]  # the text has 5 tokens
 
 

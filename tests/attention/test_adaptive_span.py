@@ -51,6 +51,7 @@ class TestSoftMask:
 
     def test_a_pair_with_one_span_is_a_number(self):
         assert [float(chapter.soft_mask(np.array(x), np.array(2), 4, 100)) for x in (2, 3, 5, 6)] == [1, 0.75, 0.25, 0]
+        assert chapter.soft_mask(np.arange(6), np.array(5), 1, 5).tolist() == [1, 1, 1, 1, 1, 0]
 
     @pytest.mark.parametrize("span", BAD_SPANS)
     def test_refuses_spans(self, span):
@@ -146,6 +147,7 @@ class TestBackward:
         forward = book.span_attention(*case.arrays, case.span, 3)
         given_ = [x.astype(np.float32) for x in (case.problem.dout, *case.arrays, *forward)]
         gradients = chapter.span_attention_backward(*given_, case.span, 3)
+        assert [gradient.dtype for gradient in gradients] == [np.float32, np.float32, np.float32, np.float64]
         for gradient, expected in zip(gradients, gradients_by_autograd(case), strict=True):
             np.testing.assert_allclose(gradient, expected, **tolerance(np.float32, 18, 4))
 
@@ -252,6 +254,14 @@ def test_tiles_are_those_that_hold_a_key_in_reach(T, past, span, ramp, more, blo
 
 @REACH
 @pytest.mark.kernel
+def test_a_span_of_max_span_counts_no_key_beyond_it():
+    found = torch.full((4,), -1, dtype=torch.int32, device=DEVICE)
+    reach_kernel[(1,)](found, 0, 31.0, 4.0, 31, 16, 64, 16, 16)  # queries 48 to 63: key 32 is 31 before the last
+    assert found.tolist() == [16, 48, 48, 64]
+
+
+@REACH
+@pytest.mark.kernel
 @pytest.mark.parametrize(("span", "hidden"), [(0.0, 32), (7.0, 32), (12.0, 32), (13.0, 16), (60.0, 0)])
 def test_keys_out_of_reach_are_never_loaded(span, hidden):
     case = spanned("normal", 4, HEADS[0], 16, 48, 16, 4, None)
@@ -308,6 +318,16 @@ def test_kernel_does_not_let_a_hidden_key_set_the_maximum():
     expected = book.span_attention(*hidden.arrays, hidden.span, 2)
     np.testing.assert_allclose(out.cpu(), expected[0], **tolerance(torch.float32, 16))
     np.testing.assert_allclose(lse.cpu(), expected[1], **tolerance(torch.float32, 16))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("span", [1e9, np.inf])
+def test_kernel_takes_spans_that_float32_cannot_count_for_max_span(span):
+    case = spanned("normal", 8, HEADS[0], 20, 57, 16, 4, 37)
+    expected = book.span_attention(*case.arrays, np.full_like(case.span, 37), 4, 37)
+    endless = Spanned(case.problem, np.full_like(case.span, span), 4, 37)
+    out, _ = run_kernel(endless, torch.float32, [Place()] * 3, block_q=16, block_k=16)
+    assert_kernel_close(out, expected[0], case.problem)
 
 
 @ATTEND

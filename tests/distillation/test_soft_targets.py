@@ -182,7 +182,10 @@ class TestGradient:
         with pytest.raises(error):
             token_gradient(student, teacher, targets, np.ones((3, tokens)), *np.ones((2, tokens)), temperature)
 
-    @pytest.mark.parametrize("shapes", [((2, 2), (2,), (2,)), ((3, 2), (3,), (2,)), ((3, 2), (2,), (2, 1))])
+    @pytest.mark.parametrize(
+        "shapes", [((2, 2), (2,), (2,)), ((3, 2), (3,), (2,)), ((3, 2), (2,), (2, 1)), ((2, 3), (2,), (2,)),
+                   ((6,), (2,), (2,)), ((3, 2), (1,), (2,)), ((3, 2), (2,), ())],
+    )  # fmt: skip
     def test_refuses_weights_that_do_not_fit(self, shapes):
         x = np.ones((2, 5))
         with pytest.raises(ValueError):
@@ -212,7 +215,9 @@ class TestCosine:
 
     def test_are_taken_in_float64(self):
         state = np.full((1, 1000), 1e30, np.float32)
-        np.testing.assert_allclose(cosine_losses(state, state), [0], atol=1e-9)
+        found = cosine_losses(state, state)
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, [0], atol=1e-9)
 
     def test_equal_distilberts(self):
         held = golden("sparse/soft_targets")
@@ -223,6 +228,7 @@ class TestCosine:
     @pytest.mark.parametrize(
         ("student", "teacher"),
         [(np.ones((2, 3)), np.ones((2, 4))), (np.ones((2, 3)), np.ones((1, 3))), (np.ones(3), np.ones(3)),
+         (np.ones((2, 3, 4)), np.ones((2, 3, 4))),
          (np.full((2, 3), np.nan), np.ones((2, 3))), (np.ones((2, 3)), np.full((2, 3), np.inf))],
     )  # fmt: skip
     def test_refuse_what_has_none(self, student, teacher):

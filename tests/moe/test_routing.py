@@ -44,11 +44,22 @@ def test_capacity_is_the_fair_share_by_its_rule(tokens, experts, k, factor, rule
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [((5, 2), 2), ((7, 2), 4), ((1, 8), 1), ((64, 8, 2, 0.5, "ceil", 4), 8), ((64, 8, 1, 1.05, "ceil", 4), 12),
-     ((64, 8, 1, 0.25, "ceil", 1, 4), 4), ((10, 1, 1, 1.0, "floor", 4, 5), 12), ((3, 8, 1, 1.0, "floor", 4), 4)],
+     ((64, 8, 1, 0.25, "ceil", 1, 4), 4), ((10, 1, 1, 1.0, "floor", 4, 5), 12), ((3, 8, 1, 1.0, "floor", 4), 4),
+     ((15, 7, 1, 0.7), 2), ((5, 3, 3, 0.7), 3)],
 )  # fmt: skip
 def test_exactly_these_capacities(arguments, expected):
-    """Halves go to the even number; `least` comes before `multiple`; the defaults are "round", 1 and 1."""
+    """Halves go to the even number, even if rounding on the way makes them; `least` comes before `multiple`."""
     assert routing.capacity(*arguments) == expected
+
+
+@CAPACITY
+@pytest.mark.parametrize("changed", [
+    {"tokens": 0}, {"experts": 0}, {"k": 0}, {"multiple": 0}, {"least": 0}, {"least": -1}, {"rule": "up"},
+    {"factor": 0.0}, {"factor": -1.0}, {"factor": math.inf}, {"factor": math.nan},
+])  # fmt: skip
+def test_a_capacity_of_nothing_is_refused(changed):
+    with pytest.raises(ValueError):
+        routing.capacity(**{"tokens": 8, "experts": 2, **changed})
 
 
 # --- lines --------------------------------------------------------------------------------------------------------
@@ -74,6 +85,7 @@ def test_exactly_these_places():
     expert = np.array([[0, 1], [0, 2], [1, 0]], dtype=np.int32)
     slot, load = routing.queue(expert, 4)
     assert slot.tolist() == [[0, 1], [1, 0], [0, 2]] and load.tolist() == [3, 2, 1, 0]
+    assert slot.dtype == load.dtype == np.int64
     assert routing.queue(expert, 4, "token")[0].tolist() == [[0, 0], [1, 0], [1, 2]]
     assert routing.queue(expert, 4, "token", np.array([1, 2, 0]))[0].tolist() == [[2, 1], [0, 0], [0, 1]]
 
@@ -138,6 +150,15 @@ def test_nothing_to_divide_by_gives_weights_of_zero(renormalise):
 
 
 @WEIGH
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_tiny_gates_are_renormalised_like_others(dtype):
+    p, expert = np.array([[1.0, 3e-12, 1e-12]], dtype), np.array([[1, 2]])
+    for renormalise, kept, expected in (("before", [1, 1], [0.75, 0.25]), ("after", [0, 1], [0.0, 1.0])):
+        weight = routing.weigh(p, expert, np.array([kept], bool), renormalise)
+        np.testing.assert_allclose(weight, [expected], **tolerance(dtype))
+
+
+@WEIGH
 def test_the_default_is_never_and_another_rule_is_refused():
     p, expert, kept = np.array([[0.5, 0.3, 0.2]]), np.array([[0, 1]]), np.array([[True, False]])
     np.testing.assert_array_equal(routing.weigh(p, expert, kept), [[0.5, 0.0]])
@@ -180,11 +201,14 @@ def softmax64(logits: np.ndarray) -> np.ndarray:
 @given(SIZES, SEEDS)
 def test_the_balance_loss_is_its_definition(sizes, seed):
     tokens, experts, k = sizes
-    p = np.random.default_rng(seed).dirichlet(np.full(experts, 0.5), tokens)
-    expert = p.argsort(axis=1)[:, ::-1][:, :k]
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.full(experts, 0.5), tokens)
+    expert = rng.random(p.shape).argsort(axis=1)[:, :k]  # not only the likeliest: the loss may be less than 1
     share = [sum(int(e) == one for row in expert for one in row) / (tokens * k) for e in range(experts)]
     wanted = experts * math.fsum(f * math.fsum(p[:, e]) / tokens for e, f in enumerate(share))
-    np.testing.assert_allclose(routing.balance_loss(p, expert), wanted, **tolerance(np.float64, tokens, experts))
+    found = routing.balance_loss(p, expert)
+    assert isinstance(found, float)
+    np.testing.assert_allclose(found, wanted, **tolerance(np.float64, tokens, experts))
 
 
 @BALANCE
@@ -208,7 +232,9 @@ def test_golden_balance_losses():
 
 
 @BALANCE
-@pytest.mark.parametrize(("p", "expert"), [((3, 4), (2, 1)), ((0, 4), (0, 1)), ((4,), (4, 1))])
+@pytest.mark.parametrize(
+    ("p", "expert"), [((3, 4), (2, 1)), ((0, 4), (0, 1)), ((3, 4), (3, 0)), ((4,), (4, 1)), ((3, 4), (3,))]
+)
 def test_a_balance_of_nothing_is_refused(p, expert):
     with pytest.raises(ValueError):
         routing.balance_loss(np.zeros(p), np.zeros(expert, int))

@@ -76,10 +76,11 @@ def test_of_thousands_of_equals_the_first_stay_in_any_shape(values):
         (np.array([-0.0, 0.0, 0.0]), 2, [True, True, False]),
         (np.array([3, -2, 1], dtype=np.int64), 0, [False, False, False]),
         (np.array(-2.0), 1, True),
+        (np.ones((2, 3)).T, 2, [[True, True], [False, False], [False, False]]),
     ],
 )
 def test_exactly_these_stay_and_the_weight_is_left_as_it_was(weight, kept, expected):
-    mine = weight.copy()
+    mine = weight.copy(order="K")
     np.testing.assert_array_equal(magnitude.keep_largest(mine, kept), expected)
     assert mine.tobytes() == weight.tobytes()
 
@@ -132,6 +133,8 @@ def test_layers_of_other_dtypes_and_shapes_are_compared_by_value_and_left_as_the
     masks = magnitude.global_masks(mine, 0.5)
     assert [mask.tolist() for mask in masks] == [[[True, False]], [False, True, False], [[[True]]]]
     assert all(weight.tobytes() == copy.tobytes() for weight, copy in zip(weights, mine, strict=True))
+    nearly = [np.ones(1), np.array([-1 - 2**-52])]
+    assert [mask.tolist() for mask in magnitude.global_masks(nearly, 0.5)] == [[False], [True]]
 
 
 @GLOBAL
@@ -148,7 +151,11 @@ def test_halves_go_to_even_one_weight_stays_and_earlier_layers_win_ties(size, sp
 
 @CUBIC
 @given(
-    st.integers(-5, 50), st.integers(1, 60), st.floats(0, 0.5), st.floats(0.5, 0.99), st.sampled_from([1, 2, 3, 4.5])
+    st.integers(-5, 50),
+    st.integers(1, 60),
+    st.floats(0, 0.5),
+    st.floats(0.5, 0.99),
+    st.sampled_from([0.5, 1, 2, 3, 4.5]),
 )
 def test_the_cubic_schedule_rises_from_first_to_last_and_stays(begin, length, initial, final, power):
     steps = [begin + i for i in range(-3, length + 4)]

@@ -16,7 +16,8 @@ def span_attention_backward(
     inner = dout @ values.swapaxes(-1, -2) - (dout * out).sum(axis=-1, keepdims=True)
     dscores = scale * soft * p * inner
     beyond = distances(T, k.shape[2]) >= span.reshape(kv_heads, -1, 1, 1)
-    dspan = np.sum(p * inner, axis=(0, 3, 4)).reshape(H) / ramp
+    dspan = np.sum(p * inner, axis=(0, 3, 4), dtype=np.float64).reshape(H) / ramp
     dk = (dscores.swapaxes(-1, -2) @ queries).sum(axis=2)
     dv = ((soft * p).swapaxes(-1, -2) @ dout).sum(axis=2)
-    return (dscores @ keys).reshape(q.shape), dk, dv, dspan
+    dq = (dscores @ keys).reshape(q.shape)
+    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), dspan

@@ -1,0 +1,12 @@
+"""chapters.distillation.divergences.mixture_terms: takes the divergence itself to its limit, which is 0."""
+
+
+def mixture_terms(log_a: np.ndarray, log_b: np.ndarray, weight: float, rest: float) -> np.ndarray:
+    a, away = np.exp(log_a), log_b - log_a
+    if weight == 0:
+        return np.zeros_like(a)
+    reach = math.log(weight) + away  # log of w b / a
+    if weight < 0.5:  # log(m / a) = log(1 + w (b / a − 1)), near 0 where w is
+        near = np.log1p(weight * np.expm1(np.minimum(away, FAR)))
+        return -a * np.where(away > FAR, np.logaddexp(0, reach), near) / weight
+    return -a * np.logaddexp(math.log(rest) if rest > 0 else -math.inf, reach) / weight

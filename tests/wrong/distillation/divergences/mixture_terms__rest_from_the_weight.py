@@ -1,0 +1,12 @@
+"""chapters.distillation.divergences.mixture_terms: takes 1 − w for the rest where w is a rounded 1."""
+
+
+def mixture_terms(log_a: np.ndarray, log_b: np.ndarray, weight: float, rest: float) -> np.ndarray:
+    a, away = np.exp(log_a), log_b - log_a
+    if weight == 0:
+        return a - np.exp(log_b)
+    reach = math.log(weight) + away  # log of w b / a
+    if weight < 0.5:  # log(m / a) = log(1 + w (b / a − 1)), near 0 where w is
+        near = np.log1p(weight * np.expm1(np.minimum(away, FAR)))
+        return -a * np.where(away > FAR, np.logaddexp(0, reach), near) / weight
+    return -a * np.logaddexp(math.log(1 - weight) if weight < 1 else -math.inf, reach) / weight

@@ -1,0 +1,12 @@
+"""chapters.moe.experts.permute: offsets lack the 0 in front."""
+
+
+def permute(expert: np.ndarray, kept: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
+    if expert.ndim != 2 or kept.shape != expert.shape:
+        raise ValueError(f"expert and kept must both be [tokens, k], got shapes {expert.shape} and {kept.shape}")
+    if experts < 1 or (expert.size and not 0 <= expert.min() <= expert.max() < experts):
+        raise ValueError(f"expert must be in range(experts), at least 1, got experts={experts} and {np.unique(expert)}")
+    group = np.where(kept, expert, experts).ravel()
+    runs = np.bincount(group, minlength=experts + 1)[:experts]
+    offsets = np.cumsum(np.append(runs, 0))
+    return np.argsort(group, kind="stable"), offsets.astype(np.int64)

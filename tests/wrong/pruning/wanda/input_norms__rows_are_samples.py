@@ -1,0 +1,12 @@
+"""chapters.pruning.wanda.input_norms: takes each token of a 2-D batch for a sample."""
+
+
+def input_norms(batches: Iterable[np.ndarray]) -> np.ndarray:
+    total, samples, tokens = np.zeros(()), 0, 0
+    for batch in batches:
+        x = np.asarray(batch, dtype=np.float64).reshape(-1, batch.shape[-1])
+        samples, tokens = samples + len(batch), tokens + len(x)
+        total = total + (x**2).sum(axis=0)
+    if tokens == 0 or not np.isfinite(total).all():
+        raise ValueError(f"batches must hold finite numbers and at least one token, got {tokens} tokens")
+    return np.sqrt(total / samples)

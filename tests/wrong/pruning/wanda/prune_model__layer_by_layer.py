@@ -1,0 +1,15 @@
+"""chapters.pruning.wanda.prune_model: lets each layer see those before it in its block pruned."""
+
+
+def prune_model(model: Transformer, tokens: Tensor, choose: Choose) -> Masks:
+    layers, masks = surgery.linears(model), {}
+    for _, names in groupby(layers, lambda name: name):
+        found = {}
+        for name, norms in recorded_norms(model, tokens, list(names)).items():
+            weight = layers[name].weight.detach()
+            if not (weight.isfinite().all() and norms.isfinite().all()):
+                raise ValueError(f"{name}: must be finite")
+            found[name] = choose(weight, norms)
+        apply_masks(model, found)
+        masks |= found
+    return masks
