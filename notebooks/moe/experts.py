@@ -153,26 +153,27 @@ drawn
 # ## Is it worth it?
 #
 # The claim that mixtures are known for: at the same operations for a token, more weights make a better model. Two
-# small models learn from random weights on the same text: a dense one, and one with eight experts of the dense layer's
-# size, of which a token uses one. Here they get a hundred steps, which is where an expert, with an eighth of the
-# tokens to learn from, is still behind.
+# small models learn from random weights on the same text: a dense one, and one with eight experts of half the dense
+# layer's size, of which a token uses two. Here they get a hundred steps, which is where an expert, with a quarter of
+# the tokens to learn from, is still behind.
 
 # %%
 pair = experts.fresh(lab, 100, seed=0)
 for name, one in pair.items():
     print(f"{name}: {one.num_parameters():,} weights, perplexity {lab.perplexity(one):.0f}")
-assert pair["8 experts"].num_parameters() > 3 * pair["dense"].num_parameters()
+assert pair["8 experts"].num_parameters() > 1.5 * pair["dense"].num_parameters()
 assert all(lab.perplexity(one) < lab.config.vocab_size for one in pair.values())
 
 # %% [markdown]
-# The recorded claim trains ten times as long, from three seeds: most of this book's text, read once. The papers' models
-# read billions of tokens. That much text can feed eight experts with weights to spare; half a million tokens leave
-# each expert an eighth of little. What the record found, in its own words:
+# The recorded claim trains for longer, from three seeds: this book's text, read about twice. The papers' models read
+# billions of tokens, which can feed more weights. The gate matters as well: in trials one expert of eight, weighed by
+# its raw gate as Switch has it, so that its answer starts at about an eighth, stayed behind the dense model. What the
+# record found with two of eight, weighed to one between them, in its own words:
 
 # %%
 record = claims.recorded("experts")
 print(record["sentence"] if record else "not recorded yet: python -m chapters claim experts --full")
-assert record is None or record["numbers"]["weights, 8 experts / dense"] > 3
+assert record is None or record["numbers"]["weights, 8 experts / dense"] > 1.5
 
 # %% [markdown]
 # ## The kernel, in bytes
