@@ -21,7 +21,6 @@ Kernel   kernels/sparsity/n_m.py
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -30,22 +29,20 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from chapters import pruned_layers
 from chapters.claims import Claim
 from chapters.figures import COLOURS, legend, panels
 from chapters.lab import Lab
+from chapters.pruned_layers import Rule, prune_each
 from minitfm import surgery
 from minitfm.model import Transformer
-
-Rule = Callable[[np.ndarray], np.ndarray]  # weight [out, in] -> bool mask [out, in], True where a weight is kept
 
 
 def magnitudes(weight: np.ndarray) -> np.ndarray:
     """|weight| as float64, exact also for int8, which has no +128. ValueError unless a finite, non-empty matrix."""
     if weight.ndim != 2 or weight.size == 0:
         raise ValueError(f"weight must be a non-empty [out, in] matrix, got shape {weight.shape}")
-    if not np.isfinite(weight).all():
-        raise ValueError("weight must be finite, it holds NaN or infinity")
-    return np.abs(weight.astype(np.float64))
+    return pruned_layers.magnitudes(weight)
 
 
 def n_m_mask(weight: np.ndarray, n: int = 2, m: int = 4) -> np.ndarray:
@@ -208,7 +205,7 @@ class SparseLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Raises ValueError if the weight is not 2:4 (`prune_model` makes it so) or its inputs not divisible by 16."""
+        """Raises ValueError if the weight is not 2:4 (`prune_each` makes it so) or its inputs not divisible by 16."""
         super().__init__()
         values, metadata = compress(linear.weight.detach().double().cpu().numpy())
         self.values = nn.Buffer(torch.from_numpy(values).to(linear.weight))
@@ -233,14 +230,6 @@ class SparseLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-@torch.no_grad()
-def prune_model(model: Transformer, rule: Rule) -> None:
-    """Zero what `rule` does not keep in every linear layer of the blocks, in place and in one shot."""
-    for layer in surgery.linears(model).values():
-        mask = torch.from_numpy(rule(layer.weight.double().cpu().numpy()))
-        layer.weight.masked_fill_(~mask.to(layer.weight.device), 0)
-
-
 def compress_model(model: Transformer) -> None:
     """Replace every linear layer of the blocks, 2:4 already, by its `SparseLinear`. ValueError if one is not."""
     for name, layer in surgery.linears(model).items():
@@ -255,7 +244,7 @@ def options(parser: argparse._ActionsContainer) -> None:
 
 def apply(model: Transformer, tokens: Tensor, args: argparse.Namespace) -> dict[str, float | str]:
     """Prune by magnitude in one shot, which needs no calibration tokens."""
-    prune_model(model, partial(n_m_mask, n=args.n, m=args.m))
+    prune_each(model, partial(n_m_mask, n=args.n, m=args.m))
     return {"bits per weight": args.n / args.m * (32 + (args.m - 1).bit_length()), "kept": f"{args.n} of {args.m}"}
 
 
@@ -275,7 +264,7 @@ def perplexities(lab: Lab, rule: Rule) -> list[float]:
 
     models = [lab.model() for _ in lab.seeds]
     for model, seed in zip(models, lab.seeds, strict=True):
-        prune_model(model, partial(mask, seed=seed))
+        prune_each(model, partial(mask, seed=seed))
     return [lab.perplexity(model) for model in models]
 
 

@@ -22,6 +22,7 @@ import torch
 from chapters import workbook
 from chapters.figures import COLOURS, figure, heatmap, panels
 from chapters.lab import Lab
+from chapters.pruned_layers import prune_each
 from chapters.sparsity import n_m
 from kernels import bench, cases, check, hardware
 from minitfm import surgery
@@ -229,7 +230,7 @@ for perplexities in found.values():
 
 # %%
 model = lab.model()
-n_m.prune_model(model, n_m.n_m_mask)
+prune_each(model, n_m.n_m_mask)
 with torch.no_grad():
     expected = model(lab.validation[:2])
     n_m.compress_model(model)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from chapters.pruned_layers import prune_each
 from chapters.sparsity import n_m
 from minitfm import surgery
 from minitfm.config import Config
@@ -24,7 +25,7 @@ def model() -> Transformer:
 
 def test_a_compressed_model_computes_what_the_pruned_one_does(model):
     pruned_model, tokens = copy.deepcopy(model), torch.arange(16)[None]
-    n_m.prune_model(pruned_model, n_m.n_m_mask)
+    prune_each(pruned_model, n_m.n_m_mask)
     expected = pruned_model(tokens)
     assert not torch.allclose(expected, model(tokens))
     n_m.compress_model(pruned_model)
