@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.flash_tiles import TILE_FLOAT32
+from kernels.flash_tiles import tile_options
 from kernels.guard import require, require_dtype
 from kernels.tiles import has_warpgroup_products
 
@@ -103,18 +103,9 @@ WIDE_TILES = {
 
 def launch_options(kernel: str, q: Tensor, mask: DeviceMask) -> dict:
     """Keywords of a launch, a function of head size, dtype, GPU and the mask's blocks, into which tiles must fit."""
-    D, table = q.shape[-1], (WIDE_TILES if has_warpgroup_products() else TILES)[kernel]
-    tile = TILE_FLOAT32 if q.dtype == torch.float32 else table[min(size for size in table if size >= D)]
-    return {
-        "D": D,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_Q": min(tile[0], mask.size[0]),
-        "BLOCK_K": min(tile[1], mask.size[1]),
-        "SIZE_Q": mask.size[0],
-        "SIZE_K": mask.size[1],
-        "num_warps": tile[2],
-        "num_stages": tile[3],
-    }
+    options = tile_options((WIDE_TILES if has_warpgroup_products() else TILES)[kernel], q, None, None)
+    blocks = {"BLOCK_Q": min(options["BLOCK_Q"], mask.size[0]), "BLOCK_K": min(options["BLOCK_K"], mask.size[1])}
+    return options | blocks | {"SIZE_Q": mask.size[0], "SIZE_K": mask.size[1]}
 
 
 @triton.jit

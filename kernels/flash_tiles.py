@@ -26,14 +26,19 @@ TILE_FLOAT32 = (32, 16, 8, 2)  # no tensor cores in "ieee" precision: every prod
 
 def launch_options(kernel: str, q: Tensor, causal: bool, block_q: int | None, block_k: int | None) -> dict:
     """Keywords of a launch, a function of head size, dtype and GPU; block_q and block_k replace the tile if given."""
-    D, table = q.shape[-1], (WIDE_TILES if has_warpgroup_products() else TILES)[kernel]
+    table = (WIDE_TILES if has_warpgroup_products() else TILES)[kernel]
+    return tile_options(table, q, block_q, block_k) | {"CAUSAL": causal}
+
+
+def tile_options(table: dict[int, tuple], q: Tensor, block_q: int | None, block_k: int | None) -> dict:
+    """The tile that a table of `TILES` has for the head size of q, as keywords; one that float32 fits for float32."""
+    D = q.shape[-1]
     tile = TILE_FLOAT32 if q.dtype == torch.float32 else table[min(size for size in table if size >= D)]
     return {
         "D": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK_Q": block_q or tile[0],
         "BLOCK_K": block_k or tile[1],
-        "CAUSAL": causal,
         "num_warps": tile[2],
         "num_stages": tile[3],
     }
@@ -49,13 +54,4 @@ VARIANT_TILES = {
 
 def variant_options(kernel: str, q: Tensor, block_q: int | None, block_k: int | None) -> dict:
     """The same for `flash_variants`, which tells causal from other windows by itself."""
-    D, table = q.shape[-1], VARIANT_TILES[kernel]
-    tile = TILE_FLOAT32 if q.dtype == torch.float32 else table[min(size for size in table if size >= D)]
-    blocks = {"BLOCK_Q": block_q or tile[0], "BLOCK_K": block_k or tile[1]}
-    return {
-        "D": D,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        **blocks,
-        "num_warps": tile[2],
-        "num_stages": tile[3],
-    }
+    return tile_options(VARIANT_TILES[kernel], q, block_q, block_k)
