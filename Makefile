@@ -27,7 +27,7 @@ endif
 OLD_TRITON := 3.6.0
 OLD := build/triton-$(OLD_TRITON)
 
-.PHONY: help tour test lint lab check check-old bench notebooks verify
+.PHONY: help tour test lint lab check check-old bench notebooks mutants verify
 
 help:
 	@echo "make tour       run every chapter's claim on the base model and write report/index.html"
@@ -37,6 +37,7 @@ help:
 	@echo "make check-old  the same with the oldest Triton that is supported"
 	@echo "make bench      time every kernel beside its peer (needs a GPU)"
 	@echo "make notebooks  execute the notebooks and write them"
+	@echo "make mutants    change the exercises' solutions a little at a time: do their tests notice?"
 	@echo "make verify     everything, at length: an hour or more"
 
 tour: $(READY)
@@ -64,6 +65,9 @@ bench: $(READY)
 
 notebooks: $(READY)
 	$(RUN) notebooks/build.py $(ARGS)
+
+mutants: $(READY)
+	$(RUN) -m chapters mutants $(ARGS)
 
 verify: lint $(BROWSER)
 	$(RUN) -m pytest -m "" --profile thorough

@@ -30,7 +30,19 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from chapters import claims, contents, leaderboard, long_context, readme, runner, tour, workbook
+from chapters import (
+    assignments,
+    claims,
+    contents,
+    hints,
+    leaderboard,
+    long_context,
+    mutants,
+    readme,
+    runner,
+    tour,
+    workbook,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +63,10 @@ def parser() -> Parser:
     add_leaderboard(commands)
     add_long_context(commands)
     workbook.add_command(commands)
+    hints.add_command(commands)
+    assignments.add_command(commands)
     add_mistakes(commands)
+    add_mutants(commands)
     add_grade(commands)
     return root
 
@@ -103,11 +118,19 @@ def add_mistakes(commands) -> None:
     command.set_defaults(run=run_mistakes)
 
 
+def add_mutants(commands) -> None:
+    """`mutants`: the same question, asked by small changes of the solutions."""
+    mutants.add_command(commands)
+    commands.choices["mutants"].set_defaults(run=run_mutants)
+
+
 def add_grade(commands) -> None:
     """`grade`: points for submissions."""
     command = commands.add_parser("grade", help="grade a folder that holds one folder per submission")
     command.add_argument("submissions", type=Path, metavar="SUBMISSIONS")
     command.add_argument("--out", type=Path, default=Path("grades.csv"), metavar="FILE", help="default: grades.csv")
+    command.add_argument("--assignment", type=int, metavar="N", help="only what the course's assignment N asks")
+    command.add_argument("--feedback", type=Path, metavar="FOLDER", help="write NAME.md and NAME.xml (JUnit) there")
     command.add_argument("--tests", type=Path, metavar="DIR", help="your own tests instead of the book's")
     command.add_argument("--limit", type=float, default=120, metavar="SECONDS", help="for each exercise; default: 120")
     command.set_defaults(run=run_grade)
@@ -168,6 +191,12 @@ def run_mistakes(args: argparse.Namespace) -> int:
     from chapters import mistakes
 
     return mistakes.run(args)
+
+
+def run_mutants(args: argparse.Namespace) -> int:
+    """See chapters/mutants.py."""
+    require_pytest()
+    return mutants.run(args)
 
 
 def run_grade(args: argparse.Namespace) -> int:

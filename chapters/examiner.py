@@ -13,6 +13,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,10 +38,11 @@ class Task:
 
 
 def examine(task: Task) -> None:
-    """Run in a fresh process: examine, and write {"nonce", "outcome", "message"} to the report.
+    """Run in a fresh process: examine, and write {"nonce", "outcome", "message", "measured"} to the report.
 
     outcome   "passed": every test of the exercise was run and passed; "failed": a test of it failed while it ran;
               "refused": the submission read the book's own solution; "error": anything else
+    measured  numbers that the tests kept with pytest's `record_property`, by name
     """
     gc.freeze()  # what the server imported never becomes garbage: collections stay short
     output = task.submission.with_name("output")
@@ -92,6 +94,7 @@ class Examiner:
     problems: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     hidden: set[str] = field(default_factory=set)
+    measured: dict[str, float] = field(default_factory=dict)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self) -> None:
@@ -110,6 +113,8 @@ class Examiner:
             self.problems.append(_message(report))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.measured |= {name: float(str(value)) for name, value in report.user_properties}
         if report.when == "call" and report.passed:
             self.passed.append(report.nodeid)
         elif report.failed:
@@ -120,7 +125,7 @@ class Examiner:
     def pytest_internalerror(self, excinfo: pytest.ExceptionInfo) -> None:
         self.problems.append(excinfo.exconly())
 
-    def verdict(self, code: int) -> dict[str, str]:
+    def verdict(self, code: int) -> dict[str, Any]:
         """What the session showed; "passed" needs pytest's word and every chosen test's own report."""
         outcome, messages = "error", self.problems or [f"pytest ended with {code}, {len(self.chosen)} tests chosen"]
         if self.refusals:
@@ -129,7 +134,7 @@ class Examiner:
             outcome, messages = "failed", self.failed
         elif code == 0 and self.chosen and set(self.passed) == set(self.chosen) and not self.problems:
             outcome, messages = "passed", [""]
-        return {"outcome": outcome, "message": messages[0]}
+        return {"outcome": outcome, "message": messages[0], "measured": self.measured}
 
     def _watch(self, event: str, args: tuple) -> None:
         """Audit hook: the submission may not open the solution, nor have it opened."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from chapters import assignments, feedback
 from chapters.judging import Verdict, judge_all
 from chapters.screening import FORBIDDEN, objection
 from chapters.workbook import ROOT, Exercise, exercises, runnable, source_of, splice
@@ -57,21 +59,25 @@ class Grade:
         )
 
 
-def grade(folder: Path, tests: Path | None = None, root: Path = ROOT, limit: float = 120) -> list[Grade]:
+def grade(
+    folder: Path, tests: Path | None = None, root: Path = ROOT, limit: float = 120, only: Container[str] | None = None
+) -> list[Grade]:
     """Grade every subfolder of `folder` in every exercise of the book's tests, or of those in `tests`.
 
+    With `only` nothing but the exercises of these dotted names is graded; what else a folder holds is not looked at.
     Without Triton the exercises in kernel files are `NOT_GRADABLE`.
     Raises ValueError if there is nothing to grade, or if the book's own solution does not pass: then the tests, or
     this machine, cannot tell right from wrong.
     """
     submissions = submissions_in(folder)
     found = exercises(root, tests)
-    if not found:
-        raise ValueError(f"{tests or root / 'tests'} marks no exercises")
+    chosen = [exercise for exercise in found if only is None or exercise.function in only]
+    if not chosen:
+        raise ValueError(f"{tests or root / 'tests'} marks no exercises" + (" of these" if found else ""))
     answers = {
         (name, exercise): read_answer(path, exercise, found, root) if runnable(exercise) else NOT_GRADABLE
         for name, path in submissions.items()
-        for exercise in found
+        for exercise in chosen
     }
     jobs = [(exercise, answer) for (_, exercise), answer in answers.items() if isinstance(answer, bytes)]
     require_solvable({exercise for exercise, _ in jobs}, root, limit)
@@ -163,14 +169,21 @@ def summary(grades: list[Grade]) -> Table:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`grade SUBMISSIONS --out FILE`: grade, write the file, print the summary."""
+    """`grade SUBMISSIONS --out FILE`: grade, write the files, print the summary and the final project's leaderboard."""
     if args.out.is_dir():
         raise ValueError(f"--out {args.out} is a folder, not a file")
     with replace_file(args.out) as temporary:
         temporary.touch()  # an unwritable place shows now, not after an hour of grading
-        grades = grade(args.submissions, args.tests, ROOT, args.limit)
+        assignment = assignments.find(args.assignment, ROOT) if args.assignment else None
+        only = assignment and {exercise.function for exercise in assignment.exercises}
+        grades = grade(args.submissions, args.tests, ROOT, args.limit, only)
         write(grades, temporary)
     Console().print(summary(grades))
+    if ranked := feedback.ranking(grades):
+        Console().print(feedback.leaderboard(ranked))
+    if args.feedback:
+        feedback.write(grades, args.feedback)
+        print(f"feedback and JUnit files for each submission: {args.feedback}")
     left_out = {grade.exercise.function for grade in grades if grade.points is None}
     if left_out:
         print(f"{NOT_GRADABLE.message}: {len(left_out)} exercises in kernel files were not graded")

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -39,11 +39,13 @@ class Verdict:
 
     outcome   what `examiner.examine` reports, or "crashed", "timed out", "no report"
     message   the first failure in words, on one line
+    measured  what the tests measured of it, such as {"perplexity": 40.1}
     """
 
     outcome: str
     message: str
     seconds: float
+    measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def red(self) -> bool:
@@ -65,8 +67,8 @@ def judge(exercise: Exercise, answer: bytes, root: Path = ROOT, limit: float = 1
         process = process_context().Process(target=examine, args=(task,), daemon=True)
         process.start()
         process.join(limit)
-        outcome, message = _conclude(process, report, nonce, limit)
-    return Verdict(outcome, _one_line(message), time.monotonic() - began)
+        outcome, message, measured = _conclude(process, report, nonce, limit)
+    return Verdict(outcome, _one_line(message), time.monotonic() - began, measured)
 
 
 def _scratch() -> tempfile.TemporaryDirectory:
@@ -91,8 +93,8 @@ def process_context() -> SpawnContext | ForkServerContext:
     return context
 
 
-def _conclude(process: BaseProcess, report: Path, nonce: str, limit: float) -> tuple[str, str]:
-    """Outcome and message of a process that has ended or used up its time; ends it and what it started."""
+def _conclude(process: BaseProcess, report: Path, nonce: str, limit: float) -> tuple[str, str, dict[str, float]]:
+    """Outcome, message and measurements of a process that has ended or used up its time; ends all that it started."""
     late = process.is_alive()
     if hasattr(os, "killpg") and process.pid:
         try:
@@ -102,17 +104,17 @@ def _conclude(process: BaseProcess, report: Path, nonce: str, limit: float) -> t
     process.kill()
     process.join()
     if late:
-        return "timed out", f"no result after {limit:g} s"
+        return "timed out", f"no result after {limit:g} s", {}
     code = process.exitcode or 0
     if code < 0:
-        return "crashed", f"ended by {signal.Signals(-code).name}"
+        return "crashed", f"ended by {signal.Signals(-code).name}", {}
     try:
         verdict = json.loads(report.read_text(encoding="utf-8"))
         if verdict["nonce"] == nonce:
-            return verdict["outcome"], verdict["message"]
+            return verdict["outcome"], verdict["message"], verdict["measured"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    return "no report", f"the process ended with {code} before its tests did"
+    return "no report", f"the process ended with {code} before its tests did", {}
 
 
 def _one_line(text: str) -> str:

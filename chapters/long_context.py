@@ -12,7 +12,6 @@ are measured. The numbers are kept in long_context.json, and the tour draws what
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import statistics
 import time
@@ -34,13 +33,13 @@ from torch import Tensor
 
 from chapters import contents, runner
 from chapters.claims import reason, require_writable, versions
-from chapters.decode_methods import LONGEST, METHODS, Method
-from chapters.feature_attention import StateCache
-from chapters.figures import COLOURS, TEXT_SIZE, BookFigure, alt_text, save_png_bytes, series, style
+from chapters.figures import COLOURS, TEXT_SIZE, BookFigure, series, style
 from chapters.lab import Lab
 from chapters.leaderboard import MARKERS
-from chapters.quantized_cache import QuantizedCache
-from chapters.report import shown
+from chapters.report import image_of, shown
+from chapters.shared.decode_methods import LONGEST, METHODS, Method
+from chapters.shared.feature_attention import StateCache
+from chapters.shared.quantized_cache import QuantizedCache
 from minitfm import data
 from minitfm.cache import Cache
 from minitfm.checkpoint import replace_file
@@ -205,10 +204,8 @@ def section() -> dict[str, Any] | None:
     record = read()
     if record is None:
         return None
-    drawn = picture(record)
-    encoded = base64.b64encode(save_png_bytes(drawn)).decode()
     facts = {"own": record.own, "longest": record.lengths[-1], "date": record.date, "versions": record.versions}
-    return facts | {"picture": encoded, "alt": alt_text(drawn), "rows": rows(record)}
+    return facts | {"image": image_of(picture(record)), "rows": rows(record)}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chapters import claims, contents, workbook
+from chapters import claims, contents, mutants, workbook
 from chapters.contents import PARTS, Entry
+from chapters.mutants import Score
 from minitfm.checkpoint import replace_file
 
 START, END = "<!-- contents -->", "<!-- /contents -->"  # around the table
 
 
 def table() -> str:
-    """The contents as a markdown table: exercises as the tests mark them, claims as they were recorded."""
+    """The contents as a markdown table: exercises as the tests mark them, mutants and claims as recorded."""
     lines = [
-        "| technique | paper | reference | kernel | notebook | exercises | claim, measured |",
+        "| technique | paper | reference | kernel | notebook | exercises, mutants found | claim, measured |",
         "|---|---|---|---|---|---|---|",
     ]
     exercises = workbook.exercises()
@@ -24,19 +25,20 @@ def table() -> str:
             lines.append(f"| **{title}** | | | | | | |")
         for entry in entries:
             count = sum(entry.dotted in exercise.techniques for exercise in exercises)
-            lines.append(row(entry, count, claims.recorded(entry.name)))
+            lines.append(row(entry, count, mutants.current(entry.dotted, exercises), claims.recorded(entry.name)))
     return "\n".join(lines)
 
 
-def row(entry: Entry, exercises: int, record: dict | None) -> str:
-    """One line of `table`: a chapter, how many exercises its tests grade, and its recorded claim."""
+def row(entry: Entry, exercises: int, score: Score | None, record: dict | None) -> str:
+    """One line of `table`: a chapter, how many exercises its tests grade, how many mutants they find, its claim."""
     places = entry.places()
     links = [f"[{place}]({places[place]})" for place in ("reference", "kernel", "notebook")]
     claim = "not recorded yet"
     if record:
         claim = record["sentence"] if record["holds"] else f"*Not reproduced:* {record['sentence']}"
+    tests = f"[{exercises}]({places['tests']})" + (f", {score.share:.0%} of {score.mutants}" if score else "")
     idea, paper = f"**{entry.title}**: {entry.line}", f"[{entry.paper}]({entry.url})"
-    cells = [idea, paper, *links, f"[{exercises}]({places['tests']})", claim]
+    cells = [idea, paper, *links, tests, claim]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -6,20 +6,25 @@ import base64
 import math
 import os
 import platform
+import struct
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from chapters.claims import Result, recorded, versions
 from chapters.contents import PARTS, Entry
-from chapters.figures import alt_text
+from chapters.figures import RESOLUTION, alt_text, save_png_bytes
 from chapters.lab import Lab
 from minitfm.checkpoint import replace_file
 
 MARKS = {"reproduced": "✓", "not reproduced": "✗", "failed": "!", "not run": "–"}
+INCH = 100  # pixels of the page: all figures' text has one size
 TRAINING = {"steps": "training steps", "seconds": "training seconds", "command": "trained by"}  # of training.json
 
 
@@ -42,7 +47,7 @@ def write(
     html = template.render(
         headline=headline(chapters),
         explanation=explanation(lab),
-        chapters=chapters,
+        parts=by_part(chapters),
         model=model_card(lab),
         environment=environment(lab, seconds),
         interrupted=interrupted,
@@ -56,6 +61,20 @@ def write(
 def sections(results: Sequence[Result], entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """One section per chapter: those that have run, in the order of `entries`, then those that wait."""
     return [section(result) for result in results] + [waiting(entry) for entry in entries[len(results) :]]
+
+
+def by_part(chapters: Sequence[dict]) -> list[dict[str, Any]]:
+    """The sections of each part of the book: its key and title, the outcome in one line, and whether any has run."""
+    return [
+        {
+            "key": key,
+            "title": PARTS[key],
+            "headline": headline(mine),
+            "ran": any(chapter["verdict"] != "not run" for chapter in mine),
+            "chapters": mine,
+        }
+        for key, mine in ((key, list(group)) for key, group in groupby(chapters, lambda chapter: chapter["part"]))
+    ]
 
 
 def headline(chapters: Sequence[dict]) -> str:
@@ -89,8 +108,7 @@ def section(result: Result) -> dict[str, Any]:
         "setting": claim.setting if claim else None,
         "error": result.error,
         "traceback": result.traceback,
-        "picture": base64.b64encode(result.picture).decode() if result.picture else None,
-        "alt": alt_text(claim.figure) if claim and claim.figure else None,
+        "image": image(result.picture, alt_text(claim.figure)) if result.picture and claim and claim.figure else None,
         "numbers": beside(claim.numbers if claim else {}, record),
         "recorded": summary(record) if record else None,
     }
@@ -101,7 +119,7 @@ def waiting(entry: Entry) -> dict[str, Any]:
     return {
         "name": entry.name,
         "title": entry.title,
-        "part": PARTS[entry.part],
+        "part": entry.part,
         "line": entry.line,
         "paper": entry.paper,
         "url": entry.url,
@@ -112,6 +130,18 @@ def waiting(entry: Entry) -> dict[str, Any]:
         "sentence": None,
         "error": None,
     }
+
+
+def image(png: bytes, alt: str) -> dict[str, Any]:
+    """What the template needs of a figure: the picture in the page itself, the text in its place, and its size."""
+    width, height = struct.unpack(">II", png[16:24])  # of the header of a PNG
+    sizes = {"width": round(width * INCH / RESOLUTION), "height": round(height * INCH / RESOLUTION)}
+    return {"picture": base64.b64encode(png).decode(), "alt": alt, **sizes}
+
+
+def image_of(drawn: Figure) -> dict[str, Any]:
+    """`image` of a figure of the book, described by its titles, labels and series."""
+    return image(save_png_bytes(drawn), alt_text(drawn))
 
 
 def beside(live: dict[str, float], record: dict | None) -> list[dict[str, str]]:
@@ -150,8 +180,18 @@ def environment(lab: Lab, seconds: float) -> dict[str, str]:
     """Where and when this ran."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "duration": f"{seconds:.0f} s",
+        "duration": duration(seconds),
         "seeds": ", ".join(map(str, lab.seeds)),
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": f"{os.cpu_count()}, {torch.get_num_threads()} used",
         **versions(),
     }
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "59 s", "4 min 12 s", "1 h 2 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    return f"{minutes} min {whole % 60} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

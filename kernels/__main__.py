@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--arch", nargs="+", type=int, choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     check.add_argument("--json", action="store_true", help="print the rows as JSON")
     check.add_argument("--write", action="store_true", help="write results/static.md, for all kernels")
+    check.add_argument("--compare", action="store_true", help="fail if results/static.md says something else")
     bench.add_argument("--seconds", type=float, default=420.0, help="begin no case later than that (default 420)")
     return top
 

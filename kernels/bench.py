@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -27,11 +26,13 @@ import torch
 from kernels.cases import Case, cases, find, techniques, unavailable
 from kernels.check import prepare_compiler
 from kernels.hardware import Ceilings, floor_seconds
+from kernels.records import RESULTS, load_results, recorded, results_path
 from kernels.tables import Table, replace_file, show
 from kernels.timing import Samples, Timer, argument_sets, cuda_samples, measure_ceilings, relative_error
 from kernels.worker import Worker, WorkerError, one_line
 
-RESULTS = Path(__file__).parent / "results"
+__all__ = ["bench_all", "main", "measure_case", "recorded"]
+
 CASE_SECONDS = 60.0  # after that long a case counts as hanging
 
 
@@ -136,21 +137,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def results_path(gpu: str, folder: Path = RESULTS) -> Path:
-    """Where a GPU's results lie: "NVIDIA H200" has h200.json."""
-    return folder / (re.sub(r"[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-") + ".json")
-
-
-def load_results(path: Path) -> dict[str, Any]:
-    """The runs in a results file by technique; none if there is no file. ValueError if it is not such a file."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["techniques"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no benchmark results ({error}); remove it and measure again") from error
-
-
 def run_bench(names: Sequence[str], bench: Bench, folder: Path, worker: Worker, deadline: float) -> dict[str, Any]:
     """Measure techniques one by one, each written as soon as it is done; returns the runs of `names`.
 
@@ -211,19 +197,7 @@ def settle(device: torch.device) -> bool:
     return True
 
 
-def recorded(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Recorded cases of one technique on every GPU measured so far: a case's figures, its machine and ceilings.
-
-    [] if there are none; ValueError if there is no such kernel.
-    """
-    technique, rows = find(name), []
-    for path in sorted(folder.glob("*.json")):
-        run = load_results(path).get(technique, {"cases": []})
-        rows += [{**run["environment"], "ceilings": run["ceilings"], **case} for case in run["cases"]]
-    return rows
-
-
-COLUMNS = ("case", "µs", "GB/s", "TFLOP/s", "of ceiling", "bound by", "peers, µs (kernel is faster by)")
+COLUMNS = ("case", "µs", "floor, µs", "GB/s", "TFLOP/s", "of ceiling", "bound by", "peers, µs (kernel is faster by)")
 
 
 def tables(runs: dict[str, Any]) -> list[Table]:
@@ -243,7 +217,12 @@ def _line(case: dict[str, Any]) -> list[str]:
     median, late = case["median_us"], case["peers_host_bound"]
     peers = [f"{name} {_time(peer, name in late)} ({peer / median:.2f}x)" for name, peer in case["peers_us"].items()]
     peers += [f"{name} not timed" for name in case["peers_refused"]]
-    figures = f"{case['gb_per_s']:.0f}", f"{case['tflop_per_s']:.1f}", f"{case['fraction']:.0%}"
+    figures = (
+        f"{case['floor_us']:.1f}",
+        f"{case['gb_per_s']:.0f}",
+        f"{case['tflop_per_s']:.1f}",
+        f"{case['fraction']:.0%}",
+    )
     return [case["case"], _time(median, case["host_bound"]), *figures, case["bound"], ", ".join(peers) or "-"]
 
 
@@ -255,7 +234,7 @@ def _time(microseconds: float, host_bound: bool) -> str:
 def main(arguments: Namespace) -> int:
     """Exit status: 0, or 1 if a case is wrong or does not run. ValueError where nothing can be measured."""
     deadline = time.monotonic() + arguments.seconds
-    names = [find(name) for name in arguments.names] or techniques()
+    names = [find(name) for name in arguments.names]
     if not torch.cuda.is_available():
         raise ValueError("bench needs a CUDA GPU and torch sees none; nothing was measured")
     if unavailable():
@@ -269,6 +248,12 @@ def main(arguments: Namespace) -> int:
         worker.stop()
 
 
+def oldest_first(path: Path) -> list[str]:
+    """All techniques, those that a results file does not hold first, then by date: a run that ends early is resumed."""
+    runs = load_results(path)
+    return sorted(techniques(), key=lambda name: runs[name]["environment"]["date"] if name in runs else "")
+
+
 def bench_all(
     names: Sequence[str],
     device: torch.device,
@@ -277,7 +262,10 @@ def bench_all(
     deadline: float,
     timer: Timer = cuda_samples,
 ) -> int:
-    """Ceilings, every case, the table and the figure; exit status as `main`. What cannot end well is refused first."""
+    """Ceilings, every case, the table and the figure; exit status as `main`. What cannot end well is refused first.
+
+    No names: all techniques, in the order of `oldest_first`.
+    """
     from kernels import roofline
 
     if not os.access(folder, os.W_OK):
@@ -285,6 +273,7 @@ def bench_all(
     machine = worker.call(environment, device, seconds=CASE_SECONDS)
     path = results_path(machine["gpu"], folder)
     load_results(path)
+    names = names or oldest_first(path)
     ceilings = worker.call(measure_ceilings, device, timer, seconds=CASE_SECONDS)
     runs = run_bench(names, Bench(device, machine, ceilings, timer), folder, worker, deadline)
     show(tables(runs))

@@ -72,7 +72,7 @@ def techniques() -> list[str]:
 
     names = []
     for part in pkgutil.iter_modules(kernels.__path__):
-        if part.ispkg:
+        if part.ispkg and part.name != "shared":
             package = importlib.import_module(f"kernels.{part.name}")
             names += [f"{part.name}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
     return sorted(names)

@@ -7,6 +7,8 @@ Gates, each on the machine code that a launch would run:
 - at most 235 registers, so that an assembler that needs a few more, in an older Triton, does not spill (with the oldest
   Triton that the book supports there is none to leave room for, see `make check-old`);
 - "matrix" cases: each of the case's kernels that says `tl.dot` has tensor-core instructions, and at least one says it;
+- "matrix" cases on sm_90: a kernel with a product of 64 rows and more of 16 or 8 bits has wgmma instructions, which
+  below 64 rows do not exist; mma.sync reaches about two thirds of their rate;
 - "matrix" cases: no wgmma waits for the one before it, of which the assembler warns (C75xx) and Triton says nothing;
 - "stream" cases: each kernel that carries weight loads 128 bits at a time. A kernel carries weight if its tensor
   arguments hold at least a tenth of the bytes of the case's largest launch: the reduction after a split may be small.
@@ -15,6 +17,7 @@ Gates, each on the machine code that a launch would run:
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import io
 import itertools
@@ -31,6 +34,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kernels import records
 from kernels.cases import Case, find, techniques, unavailable
 from kernels.hardware import ARCHITECTURES, GPUS, floor_seconds, occupancy
 from kernels.tables import Table, markdown, replace_file, show
@@ -56,6 +60,7 @@ class Row:
     warps: int = 0
     argument_bytes: int = 0
     uses_dot: bool = False
+    dot_rows: int = 0
     registers: int = 0
     stack: int = 0
     spill_bytes: int = 0
@@ -96,7 +101,7 @@ def check_case(technique: str, case: Case, arch: int) -> list[Row]:
 
 def _compiled_row(row: Row, launch: Any) -> Row:
     """The row of one launch: what `row` says of the case, and what its machine code says."""
-    from kernels.compiled import compiler_version, machine_code, serialized
+    from kernels.compiled import compiler_version, dot_rows, machine_code, serialized
 
     metadata, code = launch.kernel.metadata, machine_code(launch.kernel.asm["cubin"])
     columns = getattr(metadata, "tmem_size", 0) or 0
@@ -111,6 +116,7 @@ def _compiled_row(row: Row, launch: Any) -> Row:
         warps=metadata.num_warps,
         argument_bytes=launch.argument_bytes,
         uses_dot="tt.dot" in launch.kernel.asm["ttir"],
+        dot_rows=dot_rows(launch.kernel.asm["ttir"]),
         shared_bytes=metadata.shared,
         tensor_memory=columns,
         serialized=serialized(launch.kernel.asm["ptx"], row.arch),
@@ -135,6 +141,8 @@ def judge(rows: list[Row]) -> None:
         for row in [row for row in rows if row.uses_dot] or rows:
             if not row.tensor_instructions:
                 row.failures.append("a matrix kernel without tensor-core instructions")
+            elif row.arch == 90 and row.dot_rows >= 64 and not any("GMMA" in kind for kind in row.tensor_instructions):
+                row.failures.append(f"a product of {row.dot_rows} rows by mma.sync: from 64 on it should be wgmma")
         for row in rows:
             if row.serialized:
                 row.failures.append(f"each wgmma waits for the one before (ptxas: {', '.join(row.serialized)})")
@@ -237,13 +245,22 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def measured(technique: str, case: str) -> str:
+    """What `bench` recorded of a case, to stand behind its floor, such as "; measured: H200 31.0"; "" if nothing."""
+    found = [run for run in records.cases_of(technique, RESULTS) if run["case"] == case and "median_us" in run]
+    times = ", ".join(f"{run['gpu'].removeprefix('NVIDIA ')} {run['median_us']:.1f}" for run in found)
+    return f"; measured: {times}" if times else ""
+
+
 def tables(rows: list[Row]) -> list[Table]:
     """A table per case, its title the floor under the case's time."""
     found = []
     for (technique, case), group in itertools.groupby(rows, key=lambda row: (row.technique, row.case)):
         group = list(group)
-        floors = ", ".join(f"{gpu} {1e6 * seconds:.1f}" for gpu, seconds in group[0].floor_seconds.items())
-        title = f"{technique}: {case} ({group[0].kind}; floor in µs: {floors})" if case else technique
+        times = {gpu: f"{1e6 * seconds:.1f}" for gpu, seconds in group[0].floor_seconds.items()}
+        floors = ", ".join(f"{gpu} {time}" for gpu, time in times.items())
+        title = f"{technique}: {case} ({group[0].kind}; floor in µs: {floors}{measured(technique, case)})"
+        title = title if case else technique
         failed = {number for number, row in enumerate(group) if row.failures}
         found.append(Table(title, COLUMNS, [cells(row) for row in group], failed))
     return found
@@ -259,18 +276,31 @@ def explanations(rows: list[Row]) -> list[str]:
     return [f"{where} on {', '.join(arches)}: {failure}" for (where, failure), arches in places.items()]
 
 
-def write_static(rows: list[Row]) -> None:
-    """Replace results/static.md by these rows."""
+def static_text(rows: list[Row]) -> str:
+    """What results/static.md holds for these rows."""
     versions = sorted({f"sm_{row.arch} by {row.compiler}" for row in rows if row.compiler})
     head = ["# Static report of all kernels", "", "Written by `python -m kernels check --write`; no GPU took part."]
     head += [f"Registers and counts differ between compilers; these: {'; '.join(versions)}.", LEGEND, ""]
-    replace_file(RESULTS / "static.md", ("\n".join(head) + "\n" + markdown(tables(rows))).encode())
+    return "\n".join(head) + "\n" + markdown(tables(rows))
+
+
+def write_static(rows: list[Row]) -> None:
+    """Replace results/static.md by these rows."""
+    replace_file(RESULTS / "static.md", static_text(rows).encode())
+
+
+def changes(rows: list[Row]) -> list[str]:
+    """How results/static.md differs from these rows, as lines of a diff; none if it says the same."""
+    path = RESULTS / "static.md"
+    kept = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [*difflib.unified_diff(kept.splitlines(), static_text(rows).splitlines(), "static.md", "now", lineterm="")]
 
 
 def main(arguments: Namespace) -> int:
     """Exit status: 0 if every kernel passes every gate, 1 if one does not. ValueError for a bad option."""
-    if arguments.write and (arguments.names or arguments.arch != list(ARCHITECTURES)):
-        raise ValueError("--write reports all kernels on all architectures: leave out NAME and --arch")
+    if (arguments.write or arguments.compare) and (arguments.names or arguments.arch != list(ARCHITECTURES)):
+        option = "write" if arguments.write else "compare"
+        raise ValueError(f"--{option} reports all kernels on all architectures: leave out NAME and --arch")
     if unavailable():
         raise ValueError(unavailable())
     names = [find(name) for name in arguments.names] or techniques()
@@ -278,7 +308,12 @@ def main(arguments: Namespace) -> int:
     rows = check_all({name: f"kernels.{name}" for name in names}, arguments.arch)
     if arguments.write:
         write_static(rows)
-    return report(rows, arguments.json)
+    differs = changes(rows) if arguments.compare else []
+    status = report(rows, arguments.json)
+    if differs:
+        print(*differs[:60], "static.md is not what the kernels compile to: look at the change, then check --write",
+              sep="\n", file=sys.stderr)  # fmt: skip
+    return max(status, int(bool(differs)))
 
 
 def report(rows: list[Row], as_json: bool = False) -> int:

@@ -34,6 +34,7 @@ from kernels import guard
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 TENSOR_CORE = re.compile(r"[HIQDOB]G?MMA|UTC\w*MMA")
+DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(?:f16|bf16|i8|f8\w*)[,>]")  # the first operand
 SERIALIZED = re.compile(r"\((C75\d\d)\)")  # the assembler: "Potential Performance Loss: wgmma ... serialized due to"
 WIDTHS = {"8": 8, "16": 16, "64": 64, "128": 128, "256": 256}
 
@@ -125,6 +126,11 @@ def _argument_bytes(bound: inspect.BoundArguments) -> int:
 def compiler_version(arch: int) -> str:
     """Triton and the assembler that made the machine code; registers differ between versions."""
     return f"triton {triton.__version__}, ptxas {get_ptxas(arch).version}"
+
+
+def dot_rows(ttir: str) -> int:
+    """Rows of the tallest product of 16-bit or 8-bit tiles in a kernel's intermediate code; 0 if there is none."""
+    return max((int(rows) for rows in DOT.findall(ttir)), default=0)
 
 
 @functools.cache

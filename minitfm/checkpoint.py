@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, and checked completely before anything is built from them.
+"""Checkpoints: saved whole or not at all, and checked completely before anybody gets a model.
 
 A checkpoint is a folder: config.json (the model's sizes, the ids that begin and end a document), model.safetensors
 (float32 or as trained), tokenizer.json, and training.json (how it came about).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,8 +100,12 @@ def load(
     attend: Attend = causal_attention,
     feed_forward: MakeFeedForward = dense_feed_forward,
     prepare: Prepare | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Checkpoint:
-    """Read our folder, a Hugging Face Llama-family folder, or a llama2.c .bin file; float32, evaluation mode.
+    """Read our folder, a Hugging Face Llama-family folder, or a llama2.c .bin file; evaluation mode.
+
+    The model's numbers are of `dtype`, None: of the embedding's as stored. Tensors are read one at a time, so that no
+    more than the model and one of them is in memory.
 
     A model that was saved with other modules in it, such as layers that hold packed weights, needs them again:
     `prepare(model, tensors)` puts them in place before the tensors are checked and filled in, and raises ValueError
@@ -114,15 +118,33 @@ def load(
             raise ValueError(
                 f"the tokenizer has {source.tokenizer.vocab_size} tokens, the model only {source.config.vocab_size}"
             )
-        model = Transformer(source.config, attend, feed_forward)
+        with default_dtype(dtype or stored_dtype(source.tensors)):
+            model = Transformer(source.config, attend, feed_forward)
         if prepare is not None:
-            prepare(model, source.tensors)
+            prepare(model, dict(source.tensors))
         fill(model, source.tensors)
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
     except (ValueError, TypeError) as error:  # TypeError: config.json holds text where a number belongs
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
     return Checkpoint(model.eval(), source.tokenizer, source.info)
+
+
+def stored_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The floating-point type of the embedding; `fill` says what is wrong where there is none."""
+    kind = tensors["embedding.weight"].dtype if "embedding.weight" in tensors else torch.float32
+    return kind if kind.is_floating_point else torch.float32
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, modules are made with parameters of `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def read(path: Path) -> Source:
@@ -149,10 +171,35 @@ def read_ours(folder: Path, values: dict[str, Any]) -> Source:
     )
 
 
-def fill(model: Transformer, tensors: dict[str, Tensor]) -> None:
-    """Copy checked tensors into the model. ValueError for names, shapes, dtypes or values that cannot be right."""
+@torch.no_grad()
+def fill(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the model, each after it was checked.
+
+    ValueError for names, shapes, dtypes or values that cannot be right; then the model may be filled in part.
+    """
     wanted = stored(model)
-    missing, foreign = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    check_names(set(wanted), set(tensors))
+    for name, tensor in tensors.items():
+        place, kind = wanted[name], wanted[name].dtype
+        if tensor.shape != place.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, config.json asks for {list(place.shape)}")
+        if kind.is_floating_point != tensor.is_floating_point() or not (kind.is_floating_point or tensor.dtype == kind):
+            allowed = "floating-point numbers" if kind.is_floating_point else kind
+            raise ValueError(f"{name} holds {tensor.dtype}, not {allowed}")
+        if not finite(tensor):
+            raise ValueError(f"{name} holds values that are not finite")
+        place.copy_(tensor)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; a mask of them would take as much memory as the tensor."""
+    ends = tensor.aminmax() if tensor.is_floating_point() and tensor.numel() else ()
+    return all(bool(end.isfinite()) for end in ends)  # NaN is both
+
+
+def check_names(wanted: set[str], given: set[str]) -> None:
+    """ValueError unless a checkpoint gives the tensors that the model wants, and no others."""
+    missing, foreign = sorted(wanted - given), sorted(given - wanted)
     lack = f"{len(missing)} tensors are missing, {missing[0]} first" if missing else ""
     surplus = f"{len(foreign)} tensors are unknown to the model, {foreign[0]} first" if foreign else ""
     if lack and surplus:
@@ -162,13 +209,3 @@ def fill(model: Transformer, tensors: dict[str, Tensor]) -> None:
         )
     if lack or surplus:
         raise ValueError(lack or surplus)
-    for name, tensor in tensors.items():
-        kind = wanted[name].dtype
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, config.json asks for {list(wanted[name].shape)}")
-        if kind.is_floating_point != tensor.is_floating_point() or not (kind.is_floating_point or tensor.dtype == kind):
-            allowed = "floating-point numbers" if kind.is_floating_point else kind
-            raise ValueError(f"{name} holds {tensor.dtype}, not {allowed}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} holds values that are not finite")
-    model.load_state_dict(tensors, strict=False)  # strict in all but the tied head, by the checks above

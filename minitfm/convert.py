@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from tokenizers import decoders, models, normalizers
 from torch import Tensor
 
@@ -50,7 +49,7 @@ class Source(NamedTuple):
     """A checkpoint that was read, not yet checked against a model."""
 
     config: Config
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     tokenizer: Tokenizer
     info: dict[str, Any]
 
@@ -66,12 +65,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file. ValueError if it is missing, truncated or something else."""
+class Tensors(Mapping[str, Tensor]):
+    """Tensors that lie in files and are read one at a time, each time anew: none is held here."""
+
+    def __init__(self, places: dict[str, tuple[Path, str]]) -> None:
+        """places: for each name the file, and the tensor's name in it."""
+        self.places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, theirs = self.places[name]
+        with safe_open(path, framework="pt") as file:  # the file's pages stay in memory for as long as it is open
+            return file.get_tensor(theirs)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """All tensors of a file, read when they are asked for. ValueError if it is missing, truncated or something else."""
     if not path.exists():
         raise ValueError(f"{path.name} is missing: put the weights there")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return Tensors({name: (path, name) for name in file.keys()})
     except SafetensorError as error:
         raise ValueError(f"{path.name} is truncated or not a safetensors file: {error}") from None
 
@@ -86,18 +105,18 @@ def read_tokenizer(path: Path, begin: int | None, end: int | None) -> Tokenizer:
 def read_hugging_face(folder: Path, values: dict[str, Any]) -> Source:
     """A folder with config.json (given as `values`), model.safetensors or its shards, and tokenizer.json."""
     config = hugging_face_config(values)
-    tensors = {}
-    for name, tensor in hugging_face_tensors(folder).items():
+    places = {}
+    for name, place in hugging_face_tensors(folder).places.items():
         for pattern, ours in RENAMED:
             name = re.sub(pattern, ours, name)
         if not name.endswith("rotary_emb.inv_freq"):  # a table that old exports stored and every model recomputes
-            tensors[name] = tensor
+            places[name] = place
     if config.tied_embeddings:
-        tensors.pop("head.weight", None)
+        places.pop("head.weight", None)
     end = first(values.get("eos_token_id"))
     begin = first(values.get("bos_token_id"))
     tokenizer = read_tokenizer(folder / "tokenizer.json", begin, end)
-    return Source(config, tensors, tokenizer, {"source": f"Hugging Face, {values['model_type']}"})
+    return Source(config, Tensors(places), tokenizer, {"source": f"Hugging Face, {values['model_type']}"})
 
 
 def first(ids: int | list[int] | None) -> int | None:
@@ -105,7 +124,7 @@ def first(ids: int | list[int] | None) -> int | None:
     return (ids[0] if ids else None) if isinstance(ids, list) else ids
 
 
-def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
+def hugging_face_tensors(folder: Path) -> Tensors:
     """Tensors under their own names, from one file or from all shards that the index names."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -113,15 +132,12 @@ def hugging_face_tensors(folder: Path) -> dict[str, Tensor]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
         raise ValueError(f"{index.name} has no weight_map of file names in this folder")
-    tensors = {name: tensor for shard in sorted(set(shards.values())) for name, tensor in shard_items(folder / shard)}
-    if missing := sorted(set(shards) - set(tensors)):
+    places = {}
+    for shard in sorted(set(shards.values())):
+        places |= read_safetensors(folder / shard).places
+    if missing := sorted(set(shards) - set(places)):
         raise ValueError(f"{index.name} names {missing[0]}, which {shards[missing[0]]} does not hold")
-    return tensors
-
-
-def shard_items(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one shard."""
-    yield from read_safetensors(path).items()
+    return Tensors(places)
 
 
 def hugging_face_config(values: dict[str, Any]) -> Config:

@@ -27,6 +27,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 Loss = Callable[[Transformer, Tensor], Tensor]
 History = list[tuple[int, float]]
+MakeOptimizers = Callable[[Transformer, "Settings"], list[torch.optim.Optimizer]]
 
 
 @dataclass(frozen=True)
@@ -145,19 +146,21 @@ def train(
     after_step: Callable[[int, Transformer], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     validation: Tensor | None = None,
+    optimizers: MakeOptimizers = make_optimizers,
 ) -> History:
     """Train `model` in place on the token stream `[T]`; return [(step, mean validation loss in nats), ...].
 
     loss(model, tokens `[batch, length]`) defaults to the next token's; after_step(step, model) runs after each
     update (to put a mask back, say), progress after each step; validation is tokens `[N, T]`, without which the
-    history stays empty. With `settings.state` set, an existing state file is continued, and it is removed at the end.
+    history stays empty; optimizers(model, settings) makes what updates the weights, with a "peak" rate in each group.
+    With `settings.state` set, an existing state file is continued, and it is removed at the end.
     Raises CheckpointError for a state file of another run, FloatingPointError if the loss stops being finite.
     """
     require_fit(model, stream, settings)
     loss = loss or next_token_loss
     was_training = model.training
     device = next(model.parameters()).device
-    run = Run(model, make_optimizers(model, settings), settings, fingerprint(stream))
+    run = Run(model, optimizers(model, settings), settings, fingerprint(stream))
     first = run.resume()
     if settings.state is not None and settings.save_every and first == 0:
         run.save(settings.state, 0)  # a run that is killed before its first interval can be resumed, too

@@ -1,5 +1,7 @@
 """Build the notebooks: notebooks/<part>/<name>.py, the source, becomes <name>.ipynb beside it, executed.
 
+So does notebooks/<name>.py, if it has cells: what belongs to no part.
+
     python notebooks/build.py                  execute every notebook and write it
     python notebooks/build.py flash gptq       only these
     python notebooks/build.py --no-write       execute, and write nothing: do they still run, and in time?
@@ -42,21 +44,27 @@ def sources(folder: Path, names: list[str]) -> list[Path]:
 
     Raises ValueError for a name that fits none, with the nearest one that exists.
     """
-    known = {f"{path.parent.name}.{path.stem}": path for path in sorted(folder.glob("*/*.py"))}
+    paths = [*sorted(filter(has_cells, folder.glob("*.py"))), *sorted(folder.glob("*/*.py"))]
+    known = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in paths}
     if not names:
         return list(known.values())
     return [known[find(name, list(known))] for name in names]
 
 
+def has_cells(path: Path) -> bool:
+    """Whether a Python file is in the percent format, and no program."""
+    return any(line.startswith("# %%") for line in path.read_text(encoding="utf-8").splitlines())
+
+
 def find(name: str, known: list[str]) -> str:
-    """The member of `known` ("part.technique") that `name` means."""
+    """The member of `known` ("part.technique", or "name" outside of parts) that `name` means."""
     dotted = re.sub(r"^notebooks\.|\.(py|ipynb)$", "", name.replace("/", "."))
-    fitting = [entry for entry in known if dotted in (entry, entry.split(".")[1])]
+    fitting = [entry for entry in known if dotted in (entry, entry.split(".")[-1])]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         raise ValueError(f"{name} could be {' or '.join(fitting)}")
-    near = difflib.get_close_matches(dotted, known + [entry.split(".")[1] for entry in known], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(dotted, known + [entry.split(".")[-1] for entry in known], n=1, cutoff=0.5)
     raise ValueError(f"no notebook {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; there are {known}"))
 
 
@@ -175,7 +183,8 @@ def build(source: Path, write: bool) -> tuple[float, list[str]]:
 
 def orphans(folder: Path) -> list[Path]:
     """The .ipynb files that no source builds."""
-    return [path for path in sorted(folder.glob("*/*.ipynb")) if not path.with_suffix(".py").exists()]
+    found = [*sorted(folder.glob("*.ipynb")), *sorted(folder.glob("[!.]*/*.ipynb"))]
+    return [path for path in found if not path.with_suffix(".py").exists()]
 
 
 def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:

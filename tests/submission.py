@@ -18,7 +18,8 @@ class Submission:
     def __init__(self, folder: Path, root: Path):
         """Raise pytest.UsageError unless the folder holds at least one such file and none under a wrong name."""
         self.folder = folder
-        known = {str(path.relative_to(root)) for package in PACKAGES for path in root.glob(f"{package}/*/[!_]*.py")}
+        paths = [path for package in PACKAGES for path in root.glob(f"{package}/*/[!_]*.py")]
+        known = {str(path.relative_to(root)) for path in paths if path.parent.name != "shared"}
         if not folder.is_dir():
             raise pytest.UsageError(f"--submission {folder}: no such folder")
         found = [path for package in PACKAGES for path in folder.glob(f"{package}/**/*.py") if path.name[0] != "_"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
+NOTEBOOKS = sorted(path for form in ("*.ipynb", "[!.]*/*.ipynb") for path in (ROOT / "notebooks").glob(form))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 AS_ROOT = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]

@@ -15,7 +15,7 @@ import pytest
 from chapters.contents import CONTENTS
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ("tour", "test", "lab", "check", "check-old", "bench", "notebooks", "verify")
+TARGETS = ("tour", "test", "lab", "check", "check-old", "bench", "notebooks", "mutants", "verify")
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 

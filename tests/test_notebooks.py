@@ -197,6 +197,17 @@ def test_a_notebook_is_found_by_any_of_its_names(folder, name):
     assert build.sources(folder, [name]) == [folder / "part" / "one.py"]
 
 
+def test_a_notebook_outside_of_the_parts_is_built_and_a_program_is_not(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(SOURCE, encoding="utf-8")
+    (tmp_path / "program.py").write_text("print('# %%')\n", encoding="utf-8")
+    assert build.sources(tmp_path, []) == build.sources(tmp_path, ["notebooks/own.ipynb"]) == [tmp_path / "own.py"]
+    assert build.main(["own"], tmp_path) == 0
+    assert build.main(["--check"], tmp_path) == 0
+    (tmp_path / "old.ipynb").write_bytes((tmp_path / "own.ipynb").read_bytes())
+    assert build.main(["--check"], tmp_path) == 1
+    assert "/old: has no source" in capsys.readouterr().err
+
+
 def test_an_unknown_name_suggests_the_nearest_and_exits_2(folder, capsys):
     assert build.main(["ones"], folder) == 2
     assert capsys.readouterr().err == "build.py: no notebook 'ones', did you mean 'one'?\n"

@@ -33,7 +33,7 @@ from torch import Tensor
 from chapters.claims import Claim
 from chapters.figures import COLOURS, heatmap, panels
 from chapters.lab import Lab
-from chapters.span_layers import AdaptiveSpan, TrimmedCache
+from chapters.shared.span_layers import AdaptiveSpan, TrimmedCache
 from minitfm import data, evaluate, surgery, train
 from minitfm.cache import Cache, KVCache
 from minitfm.model import Transformer

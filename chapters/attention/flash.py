@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 from chapters.claims import Claim
 from chapters.figures import figure, legend, series
 from chapters.lab import Lab
-from chapters.naive_attention import exponent, naive_attend, rounding_errors, training_bytes
+from chapters.shared.naive_attention import exponent, naive_attend, rounding_errors, training_bytes
 from minitfm.model import Attend
 
 ARRAYS, TENSORS = ("float32", "float64"), ("float16", "bfloat16", "float32", "float64")

@@ -39,8 +39,8 @@ from torch import Tensor
 
 from chapters.attention.flash import attention, checked_scale, finite, group_heads, tile_scores
 from chapters.claims import Claim
-from chapters.decode_measures import Linear, draw, record_attention, timings, visible_scores
 from chapters.lab import Lab
+from chapters.shared.decode_measures import Linear, draw, record_attention, timings, visible_scores
 from minitfm.model import Attend, causal_attention
 
 FLAT_ROWS = 16  # what tensor cores take at the least, on one side

@@ -40,11 +40,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from chapters import variant_measures
 from chapters.attention.flash import Shape, absorb_tile, checked_scale, finite, group_heads
 from chapters.claims import Claim
 from chapters.lab import Lab
-from chapters.visible_tiles import Offsets, Span, Window, distances, query_tiles, reach, runs, spans
+from chapters.shared import variant_measures
+from chapters.shared.visible_tiles import Offsets, Span, Window, distances, query_tiles, reach, runs, spans
 from minitfm.model import Attend
 
 TILE = 64

@@ -37,9 +37,9 @@ import torch
 from matplotlib.figure import Figure
 
 from chapters.claims import Claim
-from chapters.feature_attention import CHUNK, EPS, FEATURES, LinearAttend, crossing, layer_seconds
 from chapters.figures import legend, panels, series
 from chapters.lab import Lab
+from chapters.shared.feature_attention import CHUNK, EPS, FEATURES, LinearAttend, crossing, layer_seconds
 from minitfm.evaluate import perplexity
 from minitfm.model import Attend, causal_attention
 from minitfm.train import Settings, train

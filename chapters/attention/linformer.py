@@ -44,7 +44,7 @@ from chapters.attention.flash import attention, checked_scale, group_heads
 from chapters.claims import Claim
 from chapters.figures import legend, panels, series
 from chapters.lab import Lab
-from chapters.projected_attention import (
+from chapters.shared.projected_attention import (
     BlockwiseAttention,
     SlotAttention,
     error,

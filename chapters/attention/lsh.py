@@ -38,8 +38,8 @@ from matplotlib.figure import Figure
 from chapters.attention.flash_decoding import combine
 from chapters.claims import Claim
 from chapters.figures import legend, panels, series
-from chapters.hashed_attention import CHUNK, HASHES, SELF, LshAttend, exact_attend, recall
 from chapters.lab import Lab
+from chapters.shared.hashed_attention import CHUNK, HASHES, SELF, LshAttend, exact_attend, recall
 from minitfm.evaluate import perplexity
 from minitfm.model import Attend
 from minitfm.train import Settings, train

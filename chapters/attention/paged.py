@@ -19,7 +19,7 @@ Follows  vLLM 0.4.2: the block freed last is taken first; the last owner of a bl
          flash-attn, `[B, Hkv, D]`. Prefixes are shared by fork, not found by their hash once their owners are gone.
 Symbols  B block_size; N sequences; S = lengths[n] positions; H query heads; Hkv key heads, query head h reads key head
          h // (H / Hkv); D head size. q, out `[tokens, H, D]`; keys, values `[blocks, B, Hkv, D]`; tables `[N, width]`.
-Cache    chapters/paged_cache.py: `Pool`, and `PagedCache` behind the `cache` of minitfm; chapters/serving.py: scheduler
+Cache    chapters/shared: paged_cache.py, `Pool`, and `PagedCache` behind the `cache` of minitfm; serving.py, scheduler
 Kernel   kernels/attention/paged.py, for decoding
 """
 
@@ -36,8 +36,8 @@ from matplotlib.figure import Figure
 from chapters.claims import Claim
 from chapters.figures import figure, legend, series
 from chapters.lab import Lab
-from chapters.paged_cache import Pool, attend
-from chapters.serving import Request, Step, draw_requests, reserved_waste, serve, waste
+from chapters.shared.paged_cache import Pool, attend
+from chapters.shared.serving import Request, Step, draw_requests, reserved_waste, serve, waste
 from minitfm.generate import generate
 
 

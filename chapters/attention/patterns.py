@@ -25,9 +25,8 @@ Costs    quality, where what is hidden was used: put into a model that was train
 Papers   Qiu et al. 2019, arXiv:1911.02972 (blockwise); Child et al. 2019, arXiv:1904.10509, section 4 (Sparse
          Transformer); Beltagy et al. 2020, arXiv:2004.05150, section 3 (Longformer); Ainslie et al. 2020,
          arXiv:2004.08483 (ETC); Zaheer et al. 2020, arXiv:2007.14062, section 2 (BigBird).
-Follows  causal is aligned at the bottom right: query t of T stands at position i = t + S − T of the S keys. A query
-         that sees none gets out 0 and lse −inf. Windows count the query itself: Mistral's W is w = W, Longformer's
-         one-sided W is w = W + 1. A BlockMask has the lists of torch's flex_attention, in the same order.
+Follows  causal is aligned at the bottom right: query t of T is at position t + S − T. One that sees none gets out 0,
+         lse −inf. Windows count the query itself: w is Mistral's W, and Longformer's W + 1. Lists as flex_attention.
 Symbols  T queries, S keys; M masks, one for all heads or one for each; R = ⌈T / block_q⌉ and C = ⌈S / block_k⌉ blocks;
          q `[B, H, T, D]`, k, v `[B, Hkv, S, D]`, out like q, lse `[B, H, T]`, as in `chapters.attention.flash`.
 Kernel   kernels/attention/patterns.py
@@ -46,10 +45,11 @@ import torch
 from torch import Tensor
 
 from chapters.attention.flash import absorb_tile, checked_scale, group_heads
-from chapters.block_masks import BlockMask, Pattern, Visit, at_least, attend_visits, checked_masks, visible, visits
 from chapters.claims import Claim
 from chapters.lab import Lab
-from chapters.pattern_measures import draw, explained, perplexity_ratio, relative_costs
+from chapters.shared import block_masks
+from chapters.shared.block_masks import BlockMask, Pattern, Visit, at_least, checked_masks, visible, visits
+from chapters.shared.pattern_measures import draw, explained, perplexity_ratio, relative_costs
 from minitfm.model import Attend
 
 
@@ -268,7 +268,7 @@ def sparse_attention(
     scale, plan = checked_mask(q, k, v, mask, scale), plan or visits(mask)
     precise = torch.promote_types(q.dtype, torch.float32)
     grouped = by_mask(q.to(precise), k.to(precise), v.to(precise), mask)
-    parts = [attend_visits(queries, keys, values, plan[head], scale) for head, (queries, keys, values) in grouped]
+    parts = [block_masks.attend_visits(qs, ks, vs, plan[head], scale) for head, (qs, ks, vs) in grouped]
     return torch.cat(parts, dim=1).reshape(q.shape).to(q.dtype)
 
 
@@ -284,7 +284,7 @@ def sparse_attend(pattern: Pattern, block: int = 64) -> Attend:
         mask = block_mask(pattern & causal(), T, S, block, block)
         if device.type != "cuda":
             return mask, visits(mask)
-        from kernels.block_lists import on_device
+        from kernels.shared.block_lists import on_device
 
         return (on_device(mask, device),)
 

@@ -35,11 +35,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from chapters import student_lab
 from chapters.claims import Claim
 from chapters.distillation.soft_targets import require_temperature, token_mean
 from chapters.figures import COLOURS, MARKERS, panels
 from chapters.lab import Lab
+from chapters.shared import student_lab
 from minitfm import train
 from minitfm.generate import generate
 from minitfm.model import Transformer

@@ -37,11 +37,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from chapters import student_lab
 from chapters.claims import Claim
 from chapters.figures import COLOURS, MARKERS, figure, legend, series
 from chapters.lab import Lab
-from chapters.student_lab import StudentLoss
+from chapters.shared import student_lab
+from chapters.shared.student_lab import StudentLoss
 from minitfm import train
 from minitfm.model import Transformer
 

@@ -36,12 +36,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from chapters import moe_lab
 from chapters.claims import Claim
 from chapters.figures import legend, panels, series
 from chapters.lab import Lab
 from chapters.moe import routing
 from chapters.moe.routing import Renormalise, Routing, queued, routed
+from chapters.shared import moe_lab
 from minitfm import evaluate
 from minitfm.model import Transformer
 

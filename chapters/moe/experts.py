@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from chapters import moe_lab
 from chapters.claims import Claim
 from chapters.figures import legend, panels, series
 from chapters.lab import Lab
 from chapters.moe.routing import Gate, Routing
 from chapters.runner import timed
+from chapters.shared import moe_lab
 from minitfm.config import Config
 from minitfm.model import FeedForward, MakeFeedForward, Transformer, dense_feed_forward
 

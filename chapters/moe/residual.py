@@ -34,11 +34,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from chapters import moe_lab
 from chapters.claims import Claim
 from chapters.figures import COLOURS, MARKERS, legend, panels, series
 from chapters.lab import Lab
 from chapters.moe.routing import Gate
+from chapters.shared import moe_lab
 from minitfm.config import Config
 from minitfm.model import FeedForward, MakeFeedForward, Transformer
 

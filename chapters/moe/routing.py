@@ -36,9 +36,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chapters import moe_lab
 from chapters.claims import Claim
 from chapters.lab import Lab
+from chapters.shared import moe_lab
 from minitfm.model import Transformer
 
 Array = TypeVar("Array", np.ndarray, Tensor)

@@ -35,12 +35,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from chapters import moe_lab
 from chapters.claims import Claim, require_writable
 from chapters.figures import heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.moe.routing import Gate, route
-from chapters.text_kinds import KINDS, sorted_text
+from chapters.shared import moe_lab
+from chapters.shared.text_kinds import KINDS, sorted_text
 from minitfm import checkpoint, evaluate
 from minitfm.config import Config
 from minitfm.model import FeedForward, Transformer, dense_feed_forward

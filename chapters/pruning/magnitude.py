@@ -32,7 +32,7 @@ from torch import Tensor
 from chapters.claims import Claim
 from chapters.figures import legend, panels, series
 from chapters.lab import Lab
-from chapters.pruned_layers import (
+from chapters.shared.pruned_layers import (
     Masks,
     add_options,
     apply_masks,

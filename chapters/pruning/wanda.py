@@ -38,9 +38,9 @@ from torch import Tensor
 from chapters.claims import Claim
 from chapters.figures import legend, panels, series
 from chapters.lab import Lab
-from chapters.pruned_layers import Masks, add_options, apply_masks, checked_sparsity, dropped, prune_each, report
 from chapters.pruning.magnitude import keep_largest, row_mask
 from chapters.pruning.magnitude import prune_model as prune_by_magnitude
+from chapters.shared.pruned_layers import Masks, add_options, apply_masks, checked_sparsity, dropped, prune_each, report
 from chapters.sparsity.n_m import n_m_mask
 from minitfm import surgery
 from minitfm.model import Transformer

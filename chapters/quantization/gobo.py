@@ -38,11 +38,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 
-from chapters.bit_fields import pack, unpack
 from chapters.claims import Claim
 from chapters.figures import COLOURS, legend, panels, series
 from chapters.lab import Lab
 from chapters.quantization.weight_only import checked
+from chapters.shared.bit_fields import pack, unpack
 from minitfm import surgery
 from minitfm.model import Transformer
 

@@ -20,7 +20,7 @@ Follows  the released code of both to the rounding, in the dtype of x. FlexGen f
          (KIVI packs words of 32 bits from the low end, keys along tokens.)
 Symbols  x, codes `[.., T, D]`; grid `[.., rows, columns, 2]`, step and min: per token T rows and D / g columns, per
          channel T / g rows and D columns, rounded up; packed codes `[.., T, D · bits / 8]` uint8.
-Cache    chapters/quantized_cache.py: `Plan`, `Held`, and the same by torch operators behind the `cache` of minitfm
+Cache    chapters/shared/quantized_cache.py: `Plan`, `Held`, and the same by torch behind the `cache` of minitfm
 Kernel   kernels/quantization/kv_cache.py
 """
 
@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from chapters.claims import Claim
 from chapters.figures import COLOURS, figure
 from chapters.lab import Lab
-from chapters.quantized_cache import AXES, PACKED_BITS, Held, Per, Plan, QuantizedCache
+from chapters.shared.quantized_cache import AXES, PACKED_BITS, Held, Per, Plan, QuantizedCache
 from minitfm.cache import KVCache
 from minitfm.evaluate import cached_perplexity
 from minitfm.generate import generate

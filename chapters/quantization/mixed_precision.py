@@ -40,9 +40,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chapters.claims import Claim
 from chapters.figures import legend, panels, series
 from chapters.lab import Lab
-from chapters.packed_layers import PackedLayers, dequantize_layers, pack_layers
 from chapters.quantization.weight_only import nearest_codes
-from chapters.static_inputs import activations, most_hurt, round_activations
+from chapters.shared.packed_layers import PackedLayers, dequantize_layers, pack_layers
+from chapters.shared.static_inputs import activations, most_hurt, round_activations
 from minitfm import evaluate, surgery
 from minitfm.model import Transformer
 

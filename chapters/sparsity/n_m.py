@@ -8,13 +8,16 @@ but seldom stand where one wants them. N:M lies between. In the group g of row o
     y[t, o] = Σ_g Σ_s  values[o, 2g + s] · x[t, 4g + index[o, g, s]]
 
 Saves    half the multiplications and, in 16 bits, 7/16 of the bytes: two values and two 2-bit positions are 36 bits
-         where four weights were 64. In general N/M of the weights, with ⌈log2 M⌉ bits of position for each.
+         where four weights were 64. In general N/M of the weights, with ⌈log2 M⌉ bits of position for each, so that
+         b-bit weights cost N/M (b + ⌈log2 M⌉): in 16 bits 4.5 for 1:4, 4.75 for 2:8, 9 for 2:4, 9.5 for 4:8.
 Costs    quality: a group with three large weights loses one, a group with none keeps two. No calibration.
 Paper    Mishra et al.: Accelerating Sparse Deep Neural Networks, 2021, arXiv:2104.08378, sections 3 and 4.
 Follows  N is what is KEPT of M (some code bases count the zeros: the same for 2:4, not for 1:4), in groups along the
-         input axis. The compressed form is that of torch's semi-structured tensors, bit for bit. Of equal magnitudes
-         the earlier is kept: there published codes differ, and each keeps the same magnitude.
-Symbols  W, mask `[out, in]`; values `[out, in/2]`; metadata `[out, in/16]`; x `[tokens, in]`; y `[tokens, out]`.
+         input axis. The compressed form of 2:4 is that of torch's semi-structured tensors, bit for bit; for others
+         there is none to follow. Of equal magnitudes the earlier is kept: there published codes differ, and each keeps
+         the same magnitude.
+Symbols  W, mask `[out, in]`; values `[out, in/2]`; metadata `[out, in/16]`; x `[tokens, in]`; y `[tokens, out]`. In
+         general values `[out, in · N/M]` and packed positions, see chapters/shared/group_formats.py.
 Kernel   kernels/sparsity/n_m.py
 """
 
@@ -29,11 +32,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from chapters import pruned_layers
 from chapters.claims import Claim
 from chapters.figures import COLOURS, legend, panels
 from chapters.lab import Lab
-from chapters.pruned_layers import Rule, prune_each
+from chapters.shared import pruned_layers
+from chapters.shared.bit_fields import pack
+from chapters.shared.group_formats import columns_n_m, index_bits, positions, word_layout
+from chapters.shared.pruned_layers import Rule, pattern, prune_each
 from minitfm import surgery
 from minitfm.model import Transformer
 
@@ -89,11 +94,6 @@ def unstructured_mask(weight: np.ndarray, sparsity: float) -> np.ndarray:
     return block_mask(weight, sparsity, rows=1)
 
 
-def word_layout(dtype: np.dtype) -> tuple[type[np.signedinteger], int]:
-    """Metadata for values of `dtype`: the dtype of a word, and how many groups it describes, a nibble each."""
-    return (np.int32, 8) if dtype == np.int8 else (np.int16, 4)
-
-
 def compress(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Store a 2:4 matrix as values and 2-bit positions, row-major, in the format of torch's semi-structured tensors.
 
@@ -127,22 +127,6 @@ def prune_and_compress(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return compress(np.where(n_m_mask(weight), weight, 0))
 
 
-def positions(values: np.ndarray, metadata: np.ndarray) -> np.ndarray:
-    """Where in its group each value stood, ascending: `[out, groups, 2]`, numbers 0 to 3.
-
-    Raises ValueError if metadata does not fit values `[out, 2 · groups]`, or holds what `compress` never writes.
-    """
-    word, groups_per_word = word_layout(values.dtype)
-    if metadata.dtype != word or values.shape != (len(metadata), 2 * groups_per_word * metadata.shape[-1]):
-        found = f"{metadata.dtype} {metadata.shape} for {values.dtype} {values.shape}"
-        raise ValueError(f"metadata must be {np.dtype(word)} [out, in/{4 * groups_per_word}], got {found}")
-    nibbles = (metadata[..., None] >> 4 * np.arange(groups_per_word) & 15).reshape(len(metadata), -1)
-    index = np.stack((nibbles & 3, nibbles >> 2), axis=-1)
-    if (index[..., 0] >= index[..., 1]).any():
-        raise ValueError("metadata holds positions that do not ascend: it is damaged, or not in row-major order")
-    return index
-
-
 def decompress(values: np.ndarray, metadata: np.ndarray) -> np.ndarray:
     """Inverse of `compress`: the dense weight `[out, in]`, +0 where no value stood. Raises as `positions`."""
     index = positions(values, metadata)
@@ -164,6 +148,43 @@ def sparse_matmul(x: np.ndarray, values: np.ndarray, metadata: np.ndarray) -> np
     if x.ndim != 2 or x.shape[1] != 2 * values.shape[1]:
         raise ValueError(f"x must be [tokens, {2 * values.shape[1]}] for this weight, got shape {x.shape}")
     columns = (4 * np.arange(index.shape[1])[:, None] + index).reshape(values.shape)  # [out, in/2]
+    return np.stack([x[:, column] @ kept for column, kept in zip(columns, values, strict=True)], axis=-1)
+
+
+def compress_n_m(weight: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Store an n:m matrix of any n and m as values and positions, for which ⌈log2 m⌉ bits each are enough.
+
+    weight `[out, in]`, at most n non-zeros in each group of m; it stays as it was. Returns values `[out, in · n/m]` in
+    its dtype, and their positions 0 .. m-1 in their groups, packed by `bit_fields.pack` in ⌈log2 m⌉ bits. In a group
+    values stand by ascending position; those of which there are fewer than n make room for the first of its zeros.
+    Raises ValueError for a group with more non-zeros, m outside 2 .. 16, and as `n_m_mask`.
+    """
+    bits, kept = index_bits(m), n_m_mask(weight, n, m)  # zeros are the smallest, the first of them stay
+    if (lost := (weight != 0) & ~kept).any():
+        row, column = np.argwhere(lost)[0]
+        start = column // m * m
+        raise ValueError(f"weight is not {n}:{m}: row {row}, columns {start} to {start + m - 1} hold more non-zeros")
+    index = np.broadcast_to(np.arange(weight.shape[1]) % m, weight.shape)[kept]
+    return weight[kept].reshape(len(weight), -1), pack(index.reshape(len(weight), -1), bits)
+
+
+def decompress_n_m(values: np.ndarray, packed: np.ndarray, n: int, m: int) -> np.ndarray:
+    """Inverse of `compress_n_m`: the dense weight `[out, in]`, +0 where no value stood. Raises as `columns_n_m`."""
+    dense = np.zeros((len(values), values.shape[1] // n * m), dtype=values.dtype)
+    np.put_along_axis(dense, columns_n_m(values, packed, n, m), values, axis=1)
+    return dense
+
+
+def matmul_n_m(x: np.ndarray, values: np.ndarray, packed: np.ndarray, n: int, m: int) -> np.ndarray:
+    """y = x Wᵀ from an n:m weight as `compress_n_m` stores it: in · n/m products for each output.
+
+    x `[tokens, in]`; returns `[tokens, out]` in numpy's common dtype of x and values, in which it is summed. As in
+    `sparse_matmul` an activation reaches only the rows that store a value for it, and no operand is changed.
+    Raises ValueError if they do not fit together.
+    """
+    columns = columns_n_m(values, packed, n, m)
+    if x.ndim != 2 or x.shape[1] != values.shape[1] // n * m:
+        raise ValueError(f"x must be [tokens, {values.shape[1] // n * m}] for this weight, got shape {x.shape}")
     return np.stack([x[:, column] @ kept for column, kept in zip(columns, values, strict=True)], axis=-1)
 
 
@@ -240,12 +261,14 @@ def options(parser: argparse._ActionsContainer) -> None:
     """Options of `python -m chapters run n_m`."""
     parser.add_argument("--n", type=int, default=2, help="weights kept (default 2)")
     parser.add_argument("--m", type=int, default=4, help="of so many neighbours (default 4)")
+    parser.add_argument("--pattern", type=pattern, metavar="N:M", help="both at once, such as 1:4")
 
 
 def apply(model: Transformer, tokens: Tensor, args: argparse.Namespace) -> dict[str, float | str]:
     """Prune by magnitude in one shot, which needs no calibration tokens."""
-    prune_each(model, partial(n_m_mask, n=args.n, m=args.m))
-    return {"bits per weight": args.n / args.m * (32 + (args.m - 1).bit_length()), "kept": f"{args.n} of {args.m}"}
+    n, m = args.pattern or (args.n, args.m)
+    prune_each(model, partial(n_m_mask, n=n, m=m))
+    return {"bits per weight": n / m * (32 + (m - 1).bit_length()), "kept": f"{n} of {m}"}
 
 
 def perplexities(lab: Lab, rule: Rule) -> list[float]:

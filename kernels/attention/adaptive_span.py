@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.attention.flash import delta_kernel, load_statistics
-from kernels.spans import checked_spans, require_from_forward, span_backward_case, span_case, span_options
-from kernels.tiles import head_start, load_tile, loadable, store_tile
+from kernels.shared.spans import checked_spans, require_from_forward, span_backward_case, span_case, span_options
+from kernels.shared.tiles import head_start, load_tile, loadable, store_tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
 INFINITY = tl.constexpr(math.inf)

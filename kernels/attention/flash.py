@@ -36,10 +36,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.attentions import backward_case, causal_case, checked_scale
-from kernels.flash_tiles import launch_options
 from kernels.guard import require, require_dtype
-from kernels.tiles import head_start, load_tile, loadable, store_tile, visible, visible_keys
+from kernels.shared.attentions import backward_case, causal_case, checked_scale
+from kernels.shared.flash_tiles import launch_options
+from kernels.shared.tiles import head_start, load_tile, loadable, store_tile, visible, visible_keys
 
 LOG2E = tl.constexpr(math.log2(math.e))
 INFINITY = tl.constexpr(math.inf)

@@ -37,10 +37,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attentions import DTYPES, checked_scale
 from kernels.cases import Case
 from kernels.guard import require, require_contiguous, require_dtype, require_launchable
-from kernels.tiles import head_start, load_tile
+from kernels.shared.attentions import DTYPES, checked_scale
+from kernels.shared.tiles import head_start, load_tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))

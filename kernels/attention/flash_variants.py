@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.attention.flash import delta_kernel, load_statistics
-from kernels.attention_options import Options, Setting, Window, checked, require_statistics, variant_case
-from kernels.flash_scores import (
+from kernels.shared.attention_options import Options, Setting, Window, checked, require_statistics, variant_case
+from kernels.shared.flash_scores import (
     find_tile,
     key_span,
     masked_run,
@@ -45,8 +45,8 @@ from kernels.flash_scores import (
     tile_start,
     within,
 )
-from kernels.flash_tiles import variant_options
-from kernels.tiles import load_tile, loadable, store_tile
+from kernels.shared.flash_tiles import variant_options
+from kernels.shared.tiles import load_tile, loadable, store_tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
 INFINITY = tl.constexpr(math.inf)

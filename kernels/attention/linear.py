@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.guard import require, require_dtype
-from kernels.linear_chunks import EPS, backward_case, checked, empty_states, forward_case, launch_options
-from kernels.tiles import head_start, load_tile, loadable, store_tile, tile_offsets
+from kernels.shared.linear_chunks import EPS, backward_case, checked, empty_states, forward_case, launch_options
+from kernels.shared.tiles import head_start, load_tile, loadable, store_tile, tile_offsets
 
 
 @triton.jit

@@ -39,10 +39,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.flash import flash_attention
-from kernels.attentions import checked_scale
 from kernels.cases import Case
 from kernels.guard import require, require_contiguous, require_dtype, require_launchable
-from kernels.tiles import aligned, has_warpgroup_products, head_start, load_tile, store_tile
+from kernels.shared.attentions import checked_scale
+from kernels.shared.tiles import aligned, has_warpgroup_products, head_start, load_tile, store_tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
 INFINITY = tl.constexpr(math.inf)

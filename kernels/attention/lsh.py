@@ -38,7 +38,7 @@ from torch import Tensor
 
 from kernels.cases import Case
 from kernels.guard import require, require_dtype, require_launchable
-from kernels.tiles import aligned, has_warpgroup_products, head_start, loadable
+from kernels.shared.tiles import aligned, has_warpgroup_products, head_start, loadable
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))

@@ -15,9 +15,9 @@ Replaces softmax(where(mask, q @ k.mT * scale, -inf)) @ v, which computes all R 
 scores and weights, and reads a mask of T S bytes. Time follows `live`, not the number of pairs that are seen.
 
 Layout: q [B, H, T, D]; k, v [B, Hkv, S, D], float16, bfloat16 or float32, D up to 256, strides as in flash.py; lists as
-kernels/block_lists.py says. Query head h reads key head h // (H / Hkv), and mask h, or the only one. Pairs past T or S
-have no bit set, and full blocks have none of them, so that bits stand in for every other mask. A row that sees no key:
-out 0, lse -inf, gradients 0. Scores are kept in base 2: `scale2` = scale log2(e).
+kernels/shared/block_lists.py says. Query head h reads key head h // (H / Hkv), and mask h, or the only one. Pairs past
+T or S have no bit set, and full blocks have none of them, so that bits stand in for every other mask. A row without
+keys: out 0, lse -inf, gradients 0. Scores are kept in base 2: `scale2` = scale log2(e).
 Method: Dao et al. 2022, arXiv:2205.14135, section 3.3 and algorithm 5; lists of flex_attention (Dong et al. 2024,
 arXiv:2412.05496).
 """
@@ -33,11 +33,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.attention.flash import delta_kernel, load_statistics
-from kernels.attentions import checked_scale
-from kernels.block_cases import backward_case, band_case
-from kernels.block_lists import DeviceMask, launch_options, load_seen, read_table
 from kernels.guard import require, require_dtype, require_launchable
-from kernels.tiles import head_start, load_tile, loadable, store_tile
+from kernels.shared.attentions import checked_scale
+from kernels.shared.block_cases import backward_case, band_case
+from kernels.shared.block_lists import DeviceMask, launch_options, load_seen, read_table
+from kernels.shared.tiles import head_start, load_tile, loadable, store_tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
 INFINITY = tl.constexpr(math.inf)

@@ -22,9 +22,9 @@ Instructions, not bytes, are what one row waits for: the loop has 4.9 per weight
 counted, not timed), shift, AND, lookup, multiply-add and 0.9 for all else. A lookup occupies shared memory for as long
 as four other instructions take, so that lookups alone need more time than a 3-bit weight takes to arrive.
 
-Layout: packed `[N/4, b, K/32, 4]` int32, the fields of chapters/bit_fields.py: word w of 32 columns of row 4 q + r is
-packed[q, w, u, r]. A thread loads the same word of four rows at once, 128 bits, and needs the activations of 32
-columns for all four. N and K are padded to multiples of 4 and 32, in packed alone.
+Layout: packed `[N/4, b, K/32, 4]` int32, the fields of chapters/shared/bit_fields.py: word w of 32 columns of row
+4 q + r is packed[q, w, u, r]. A thread loads the same word of four rows at once, 128 bits, and needs the activations
+of 32 columns for all four. N and K are padded to multiples of 4 and 32, in packed alone.
 Method: Zadeh et al. 2020, arXiv 2005.03842, whose own hardware adds up the activations of each centroid instead.
 """
 

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from kernels.cases import Case
 from kernels.guard import require, require_contiguous, require_dtype, require_launchable
-from kernels.shares import combine_kernel
+from kernels.shared.shares import combine_kernel
 
 LOG2E = tl.constexpr(math.log2(math.e))
 INFINITY = tl.constexpr(math.inf)

@@ -41,7 +41,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cases import Case
 from kernels.guard import require, require_contiguous, require_dtype, require_launchable
-from kernels.tiles import has_warpgroup_products
+from kernels.shared.tiles import has_warpgroup_products
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LONGEST = 2**31 // 128**2  # columns of which the sum of products, each at most 128 * 128, must stay below

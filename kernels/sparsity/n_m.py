@@ -15,12 +15,16 @@ Either side can be brought to the other. That decides the instructions, never th
                   from memory instead would take eight narrow loads for every 128-bit load of values.
     more tokens   the values go to x. Each is shifted to its slot of a 64-bit word, once for all tokens, and the tensor
                   cores multiply the dense tile. Triton has no sparse tensor-core instruction: half of this is by zero.
+    a prompt      the same in larger tiles, so that the weight is expanded for 128 tokens at once. It waits for
+                  operations, of which none is saved: what 2:4 saves here is memory, not time. To expand takes about as
+                  long as to multiply (11 instructions of a thread for each number; counted, not timed).
 Few rows and few tokens leave the warps of a program nothing to divide but the columns. So each takes a slice of them
 (the batch axis of tl.dot), and these are added in a fixed order: no atomics, no second kernel, the same bits always.
 
 Layout: metadata is row-major int16; group g of a word is the nibble lower | higher << 2 in bits 4g..4g+3, as
 chapters/sparsity/n_m.py packs it; `to_cutlass` there gives the order of torch's own kernels. 16 divides K.
 Format: Mishra et al. 2021, arXiv 2104.08378, section 3. Peers: cuBLAS on the dense weight, torch's semi-structured.
+Other N:M, `matmul_n_m`: kernels/shared/n_m_tiles.py.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
@@ -38,31 +42,13 @@ from torch.sparse import to_sparse_semi_structured
 
 from kernels.cases import Case
 from kernels.guard import require, require_contiguous, require_dtype, require_launchable
+from kernels.shared import n_m_tiles
+from kernels.shared.n_m_tiles import as_bits, matmul_n_m, members, slot
 
 DTYPES = (torch.float16, torch.bfloat16)
 WORD = 16  # columns that one metadata word describes: four groups of four
+FEW = 16  # tokens of a decode step at the most; more are a prompt
 SLICES = tl.constexpr(8)  # of the columns, in a program of `matmul_kernel`: one for each of its warps
-
-
-@triton.jit
-def members(tile):
-    """The four members of each group: [..., 2, 2] -> four tiles [...]."""
-    even, odd = tl.split(tile)
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def as_bits(tile):
-    """16-bit numbers as the low 16 bits of an int64."""
-    return tile.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
-
-
-@triton.jit
-def slot(word, shift, dtype: tl.constexpr):
-    """The 16-bit number that starts at bit `shift` of a 64-bit word."""
-    return (word >> shift).to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -169,6 +155,27 @@ def matmul_kernel(x, values, metadata, y, M, N, words, ROWS: tl.constexpr, WORDS
     tl.store(y + token[:, None] * N + row[None, :], out, mask=(token < M)[:, None] & (row < N)[None, :])
 
 
+@triton.jit
+def prompt_kernel(x, values, metadata, y, M, N, words, ROWS: tl.constexpr, WORDS: tl.constexpr, TOKENS: tl.constexpr):
+    """y [M, N] = x Wᵀ, a tile of ROWS rows and TOKENS tokens; WORDS words of each row are expanded at a time.
+
+    Tiles of the same rows are neighbours: they read the weight from the cache, where only the first finds it absent.
+    """
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    acc = tl.zeros((TOKENS, ROWS), tl.float32)
+    for start in range(0, words, WORDS):
+        word = (start + tl.arange(0, WORDS))[None, :]
+        live = (row < N)[:, None] & (word < words)
+        dense = dense_tile(values, metadata, row[:, None] * words + word, live, x.dtype.element_ty)
+        column = start * 16 + tl.arange(0, WORDS * 16)
+        inside = (token < M)[:, None] & (column < words * 16)[None, :]
+        tile = tl.load(x + token[:, None] * (words * 16) + column[None, :], mask=inside, other=0.0)
+        acc = tl.dot(tile, tl.trans(dense), acc)
+    inside = (token < M)[:, None] & (row < N)[None, :]
+    tl.store(y + token[:, None] * N + row[None, :], acc.to(y.dtype.element_ty), mask=inside)
+
+
 def prune_and_compress(weight: Tensor, words: int = 256) -> tuple[Tensor, Tensor]:
     """The two largest magnitudes of every group of four, and where they stood; of equal ones the earlier.
 
@@ -196,8 +203,8 @@ def sparse_matmul(
 ) -> Tensor:
     """y = x Wᵀ [M, N] from the compressed W: x [M, K], values [N, K/2], metadata int16 [N, K/16], row-major.
 
-    float16 or bfloat16, contiguous; sums in float32. Made for up to 16 tokens; any number works, but every 16 read the
-    weight again. `rows` and `words` set the tile instead of `configuration`.
+    float16 or bfloat16, contiguous; sums in float32. Any number of tokens; from 17 on every 128 expand the weight
+    again. `rows` and `words` set the tile instead of `configuration`.
     Raises ValueError for shapes that do not fit together, TypeError for the dtypes.
     """
     check_operands(x, values, metadata)
@@ -210,9 +217,11 @@ def sparse_matmul(
     blocks = triton.cdiv(outputs, tile["ROWS"])
     if tokens == 1:
         matvec_kernel[(blocks,)](x, values, metadata, y, outputs, count, **tile)
+    elif tokens <= FEW:
+        matmul_kernel[(blocks, 1)](x, values, metadata, y, tokens, outputs, count, **tile)
     else:
-        grid = (blocks, triton.cdiv(tokens, tile["TOKENS"]))
-        matmul_kernel[grid](x, values, metadata, y, tokens, outputs, count, **tile)
+        grid = (triton.cdiv(tokens, tile["TOKENS"]), blocks)
+        prompt_kernel[grid](x, values, metadata, y, tokens, outputs, count, **tile)
     return y
 
 
@@ -235,6 +244,9 @@ def configuration(tokens: int, outputs: int, words: int) -> dict[str, Any]:
     """Launch constants: tiles small enough that a 4096-row weight makes about two programs per multiprocessor."""
     if tokens == 1:
         return {"ROWS": 8 if outputs >= 4096 else 2, "WORDS": min(128, triton.next_power_of_2(words)), "num_warps": 4}
+    if tokens > FEW:
+        warps, most = (4, 64) if tokens <= 64 else (8, 128)
+        return {"ROWS": 64, "WORDS": 4, "TOKENS": most, "num_warps": warps, "num_stages": 3}
     block = 8 if tokens <= 8 else 16
     return {"ROWS": 16, "WORDS": 8, "TOKENS": block, "num_warps": SLICES.value, "num_stages": 2}
 
@@ -287,6 +299,30 @@ def matmul_case(tokens: int, outputs: int, columns: int) -> Case:
     )
 
 
+def general_case(tokens: int, n: int, m: int) -> Case:
+    """The same product with another N:M, its positions packed."""
+    outputs = columns = 4096
+    kept, bits = columns * n // m, (m - 1).bit_length()
+
+    def inputs(device: torch.device) -> tuple:
+        packed = torch.empty(outputs // 4, bits, kept // 32, 4, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            packed.random_(-(2**31), 2**31)  # two values of a group may share a place: they add up
+        return normal(tokens, columns, device), normal(outputs, kept, device), packed, n, m
+
+    return Case(
+        name=f"{n}:{m} M={tokens} N={outputs} K={columns}",
+        inputs=inputs,
+        run=matmul_n_m,
+        expected=lambda x, *weight: F.linear(x, n_m_tiles.dense_weight(*weight)),
+        bytes=outputs * kept * 2 + outputs * kept * bits // 8 + 2 * tokens * (outputs + columns),
+        operations=2 * tokens * outputs * columns,
+        kind="stream" if tokens == 1 else "matrix",
+        peers={"cuBLAS, dense": F.linear},
+        prepare={"cuBLAS, dense": lambda x, *weight: (x, n_m_tiles.dense_weight(*weight))},
+    )
+
+
 def compress_case(outputs: int, columns: int) -> Case:
     """Pruning and compressing one weight: comparisons, but no operations of a matrix product."""
     return Case(
@@ -303,5 +339,8 @@ def compress_case(outputs: int, columns: int) -> Case:
 
 CASES = [
     *(matmul_case(tokens, outputs, 4096) for tokens in (1, 8) for outputs in (4096, 11008)),
+    matmul_case(512, 11008, 4096),
+    *(general_case(tokens, 4, 8) for tokens in (1, 16, 512)),
+    general_case(1, 1, 4),
     compress_case(4096, 11008),
 ]

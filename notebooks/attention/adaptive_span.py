@@ -19,11 +19,11 @@ import torch
 
 from chapters import workbook
 from chapters.attention import adaptive_span
-from chapters.decode_measures import record_attention
 from chapters.explore import explore
 from chapters.figures import COLOURS, figure, heatmap, legend, series
 from chapters.lab import Lab
-from chapters.span_layers import AdaptiveSpan
+from chapters.shared.decode_measures import record_attention
+from chapters.shared.span_layers import AdaptiveSpan
 from kernels import bench, cases, check, hardware
 from minitfm import surgery
 

@@ -24,7 +24,7 @@ from chapters.attention import flash
 from chapters.explore import explore
 from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
-from chapters.naive_attention import naive_attend, training_bytes
+from chapters.shared.naive_attention import naive_attend, training_bytes
 from kernels import bench, cases, check, hardware
 from minitfm.model import causal_attention
 

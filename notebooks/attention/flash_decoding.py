@@ -23,9 +23,9 @@ import torch
 from chapters import workbook
 from chapters.attention import flash_decoding as decoding
 from chapters.attention.flash import attention
-from chapters.decode_measures import linears, record_attention, visible_scores
 from chapters.figures import COLOURS, figure, legend, series
 from chapters.lab import Lab
+from chapters.shared.decode_measures import linears, record_attention, visible_scores
 from kernels import bench, cases, check, hardware
 
 torch.set_num_threads(1)  # so small a model is fastest on one

@@ -21,13 +21,14 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from chapters import variant_measures, workbook
+from chapters import workbook
 from chapters.attention import flash_variants
 from chapters.attention.flash_variants import alibi_slopes, attention, flash_attention, flash_attention_backward
-from chapters.decode_measures import record_attention
 from chapters.figures import COLOURS, figure, heatmap, legend, series
 from chapters.lab import Lab
-from chapters.visible_tiles import query_tiles, reach, runs, spans
+from chapters.shared import variant_measures
+from chapters.shared.decode_measures import record_attention
+from chapters.shared.visible_tiles import query_tiles, reach, runs, spans
 from kernels import bench, check
 from kernels.attention.flash_variants import CASES
 

@@ -20,9 +20,9 @@ import torch
 from chapters import workbook
 from chapters.attention import linear
 from chapters.explore import explore
-from chapters.feature_attention import StateCache
 from chapters.figures import figure, heatmap, legend, series
 from chapters.lab import Lab
+from chapters.shared.feature_attention import StateCache
 from kernels import bench, cases, check, hardware
 from minitfm.model import causal_attention
 

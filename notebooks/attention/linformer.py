@@ -22,7 +22,7 @@ from chapters.attention import linformer
 from chapters.explore import explore
 from chapters.figures import figure, heatmap, legend, panels, series
 from chapters.lab import Lab
-from chapters.projected_attention import BlockwiseAttention, SlotAttention, influence, layer_inputs
+from chapters.shared.projected_attention import BlockwiseAttention, SlotAttention, influence, layer_inputs
 from kernels import bench, cases, check, hardware
 from minitfm.model import causal_attention
 

@@ -22,8 +22,8 @@ from chapters import workbook
 from chapters.attention import lsh
 from chapters.explore import explore
 from chapters.figures import figure, heatmap, legend, series
-from chapters.hashed_attention import LshAttend, exact_attend
 from chapters.lab import Lab
+from chapters.shared.hashed_attention import LshAttend, exact_attend
 from kernels import bench, cases, check, hardware
 
 torch.set_num_threads(1)  # so small a model is fastest on one

@@ -24,8 +24,8 @@ from chapters.attention import paged
 from chapters.attention.paged import BlockManager
 from chapters.figures import COLOURS, figure, heatmap, legend, series
 from chapters.lab import Lab
-from chapters.paged_cache import PagedCache, Pool, attend
-from chapters.serving import Request, draw_requests, serve
+from chapters.shared.paged_cache import PagedCache, Pool, attend
+from chapters.shared.serving import Request, draw_requests, serve
 from kernels import bench, check, hardware
 from kernels.attention import paged as kernel
 from minitfm.generate import generate

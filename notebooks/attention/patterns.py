@@ -19,11 +19,11 @@ import torch
 
 from chapters import workbook
 from chapters.attention import patterns
-from chapters.decode_measures import record_attention
 from chapters.explore import explore
 from chapters.figures import COLOURS, figure, legend, panels, series
 from chapters.lab import Lab
-from chapters.pattern_measures import costs, draw_mask, layers_needed, perplexity_ratio
+from chapters.shared.decode_measures import record_attention
+from chapters.shared.pattern_measures import costs, draw_mask, layers_needed, perplexity_ratio
 from kernels import bench, cases, check, hardware
 
 torch.set_num_threads(1)  # so small a model is fastest on one

@@ -17,11 +17,12 @@
 import numpy as np
 import torch
 
-from chapters import student_lab, workbook
+from chapters import workbook
 from chapters.distillation import divergences
 from chapters.figures import COLOURS, figure, legend, series
 from chapters.lab import Lab
-from chapters.memory import peak_bytes
+from chapters.shared import student_lab
+from chapters.shared.memory import peak_bytes
 from kernels import bench, check
 from minitfm import evaluate
 

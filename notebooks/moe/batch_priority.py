@@ -22,7 +22,7 @@ from chapters.figures import figure, legend, series
 from chapters.lab import Lab
 from chapters.moe import batch_priority, routing
 from chapters.moe.batch_priority import PriorityGate
-from chapters.moe_lab import set_policy
+from chapters.shared.moe_lab import set_policy
 from kernels import bench, cases, check
 from minitfm import evaluate
 

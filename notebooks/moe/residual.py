@@ -17,10 +17,11 @@
 import numpy as np
 import torch
 
-from chapters import claims, moe_lab, workbook
+from chapters import claims, workbook
 from chapters.figures import figure, heatmap, legend, series
 from chapters.lab import Lab
 from chapters.moe import residual
+from chapters.shared import moe_lab
 from kernels import bench, cases, check
 
 torch.set_num_threads(1)  # so small a model is fastest on one

@@ -18,10 +18,11 @@
 import numpy as np
 import torch
 
-from chapters import moe_lab, workbook
+from chapters import workbook
 from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.moe import routing
+from chapters.shared import moe_lab
 from kernels import bench, cases, check
 
 torch.set_num_threads(1)  # so small a model is fastest on one

@@ -21,7 +21,7 @@ from chapters import workbook
 from chapters.figures import figure, heatmap, legend, series
 from chapters.lab import Lab
 from chapters.moe import task_routing
-from chapters.text_kinds import KINDS, kind, sorted_text
+from chapters.shared.text_kinds import KINDS, kind, sorted_text
 from kernels import bench, cases, check
 from minitfm.evaluate import mean_nll
 from minitfm.generate import generate

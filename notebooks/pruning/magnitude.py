@@ -21,10 +21,11 @@ import copy
 import numpy as np
 import torch
 
-from chapters import claims, pruned_layers, workbook
+from chapters import claims, workbook
 from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.pruning import magnitude
+from chapters.shared import pruned_layers
 from kernels import bench, cases, check, hardware
 from minitfm import surgery
 

@@ -24,9 +24,9 @@ import torch
 from chapters import claims, workbook
 from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
-from chapters.pruned_layers import count_kept, prune_each
 from chapters.pruning import wanda
 from chapters.pruning.magnitude import prune_model as prune_by_magnitude
+from chapters.shared.pruned_layers import count_kept, prune_each
 from chapters.sparsity.n_m import n_m_mask
 from kernels import bench, cases, check, hardware
 from minitfm import surgery

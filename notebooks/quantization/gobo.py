@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from chapters import workbook
-from chapters.bit_fields import pack, unpack
 from chapters.figures import COLOURS, figure, legend, series
 from chapters.lab import Lab
 from chapters.quantization import gobo
+from chapters.shared.bit_fields import pack, unpack
 from kernels import bench, check, hardware
 from kernels.quantization import gobo as kernel
 from minitfm import surgery

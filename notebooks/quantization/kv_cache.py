@@ -21,7 +21,7 @@ from chapters import workbook
 from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.quantization import kv_cache
-from chapters.quantized_cache import KIVI_KEYS, Plan, QuantizedCache
+from chapters.shared.quantized_cache import KIVI_KEYS, Plan, QuantizedCache
 from kernels import bench, check, hardware
 from kernels.quantization import kv_cache as kernel
 from minitfm.cache import KVCache

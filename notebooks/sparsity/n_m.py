@@ -22,7 +22,7 @@ import torch
 from chapters import workbook
 from chapters.figures import COLOURS, figure, heatmap, panels
 from chapters.lab import Lab
-from chapters.pruned_layers import prune_each
+from chapters.shared.pruned_layers import prune_each
 from chapters.sparsity import n_m
 from kernels import bench, cases, check, hardware
 from minitfm import surgery
@@ -191,6 +191,22 @@ exact = values.astype(np.float64)
 np.testing.assert_allclose(n_m.sparse_matmul(x, exact, metadata), x @ n_m.decompress(exact, metadata).T, atol=1e-12)
 
 # %% [markdown]
+# ## Any N of any M
+#
+# Nothing of this hangs on 2:4. `compress_n_m` keeps, for each value, its position in ⌈log2 M⌉ bits, packed without
+# gaps. Longer groups are freer, and a position in them costs more bits. Count what is stored in 16 bits, for patterns
+# with a quarter and with a half of the weights, and compare with the formula: N / M · (16 + ⌈log2 M⌉).
+
+# %%
+for n, m in ((1, 4), (2, 8), (4, 16), (1, 2), (2, 4), (4, 8), (8, 16)):
+    sparse = np.where(n_m.n_m_mask(weight, n, m), weight, 0).astype(np.float16)
+    parts = n_m.compress_n_m(sparse, n, m)
+    np.testing.assert_array_equal(n_m.decompress_n_m(*parts, n, m), sparse)
+    bits = [8 * part.nbytes / sparse.size for part in parts]
+    print(f"{n}:{m}  {bits[0]:4.1f} bits of values and {bits[1]:5.3f} of positions a weight")
+    assert sum(bits) == n / m * (16 + (m - 1).bit_length())
+
+# %% [markdown]
 # ## What it costs the model
 #
 # Now prune all linear layers of all blocks at once, with no training afterwards, and measure perplexity on text that
@@ -267,9 +283,13 @@ print(f"{group:016x}", gathered)
 assert gathered.tolist() == [2, 8] and gathered @ by_hand[0, [1, 3]] == activations @ by_hand[0, :4]
 
 # %% [markdown]
+# (For other patterns than 2:4 the kernel does gather x[position]: eight positions fit no 64-bit word. A warp's gather
+# falls on few neighbouring activations, which the first-level cache holds.)
+#
 # Several tokens would each have to be gathered. Then it is cheaper that the values go to the activations: the same
 # shifts, the other way, put each value into its slot of a 64-bit word of zeros. That is the dense group, made once for
-# all tokens, and tensor cores multiply it. Half of their products are by zero; the bytes are saved all the same.
+# all tokens, and tensor cores multiply it. Half of their products are by zero: no operation is saved, so a long prompt,
+# which waits for operations, is no faster. The bytes are saved all the same.
 
 # %%
 lower, higher = (int(bits) for bits in numbers[0, :2].view(np.uint16))
@@ -303,7 +323,7 @@ if not bench.recorded("sparsity.n_m"):
 # %% [markdown]
 # ## Your turn
 #
-# The tests say what is left to you: four functions of the reference, one of the format's order, and two of the
+# The tests say what is left to you: six functions of the reference, one of the format's order, and two of the
 # kernel.
 #
 # ```
@@ -321,4 +341,4 @@ if not bench.recorded("sparsity.n_m"):
 # %%
 for exercise in workbook.choose(workbook.exercises(), ["n_m"]):
     print(f"{exercise.points} points  {exercise.function}")
-assert len(workbook.choose(workbook.exercises(), ["n_m"])) == 7
+assert len(workbook.choose(workbook.exercises(), ["n_m"])) == 9

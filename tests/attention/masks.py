@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from chapters.block_masks import Pattern
+from chapters.shared.block_masks import Pattern
 from tests.attention.problems import HEADS, Problem, make
 
 KINDS = ("nothing", "all", "few", "half", "blocks", "rows without keys", "causal")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chapters.attention import adaptive_span as chapter
-from chapters.span_layers import AdaptiveSpan, TrimmedCache
+from chapters.shared.span_layers import AdaptiveSpan, TrimmedCache
 from minitfm import evaluate, surgery
 from minitfm.cache import KVCache
 from minitfm.config import Config
@@ -265,7 +265,7 @@ def test_kernel_refuses():
 
 @pytest.mark.kernel
 def test_what_bench_compares_with_is_the_same():
-    from kernels import spans
+    from kernels.shared import spans
 
     device = torch.device(DEVICE)
     q, k, v, dout = (torch.randn(1, heads, 48, 16, device=device) for heads in (4, 2, 2, 4))

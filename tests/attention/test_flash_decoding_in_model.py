@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters import decode_measures
 from chapters.attention import flash_decoding as decoding
+from chapters.shared import decode_measures
 from minitfm.cache import KVCache
 from minitfm.config import Config
 from minitfm.model import Attend, Transformer, causal_attention

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 
 from chapters.attention import flash
-from chapters.memory import peak_bytes
-from chapters.naive_attention import naive_attend
+from chapters.shared.memory import peak_bytes
+from chapters.shared.naive_attention import naive_attend
 from minitfm.cache import KVCache
 from minitfm.config import Config
 from minitfm.model import Transformer

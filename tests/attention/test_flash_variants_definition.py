@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chapters.attention import flash, flash_variants
-from chapters.visible_tiles import distances, query_tiles, reach, spans
+from chapters.shared.visible_tiles import distances, query_tiles, reach, spans
 from tests.attention.checks import assert_close
 from tests.attention.problems import BLOCKS, make, problems
 from tests.attention.variants import GOLDEN, Variant, distance, variants

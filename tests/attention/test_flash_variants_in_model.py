@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chapters.attention import flash_variants
-from chapters.memory import peak_bytes
-from chapters.packed_sequences import PackedCache
+from chapters.shared.memory import peak_bytes
+from chapters.shared.packed_sequences import PackedCache
 from minitfm.config import Config
 from minitfm.generate import generate
 from minitfm.model import Transformer

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from chapters import feature_attention
 from chapters.attention import linear
-from chapters.feature_attention import StateCache, attend_features, crossing
+from chapters.shared import feature_attention
+from chapters.shared.feature_attention import StateCache, attend_features, crossing
 from minitfm.cache import KVCache
 from minitfm.config import Config
 from minitfm.model import Transformer

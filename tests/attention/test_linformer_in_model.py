@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from chapters import projected_attention as projected
 from chapters.attention import linformer
-from chapters.projected_attention import BlockwiseAttention, SlotAttention
+from chapters.shared import projected_attention as projected
+from chapters.shared.projected_attention import BlockwiseAttention, SlotAttention
 from minitfm.config import Config
 from minitfm.model import Transformer, causal_attention
 from tests.attention.linformer_problems import HEADS, assert_close, attended, drawn_mask, make, on_device, slots_of

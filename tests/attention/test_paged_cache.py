@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chapters import paged_cache, serving
 from chapters.attention import paged as chapter
 from chapters.attention.paged import BlockManager, paged_attention
-from chapters.paged_cache import Paged, PagedCache, Pool, attend
-from chapters.serving import Request, serve
+from chapters.shared import paged_cache, serving
+from chapters.shared.paged_cache import Paged, PagedCache, Pool, attend
+from chapters.shared.serving import Request, serve
 from minitfm.cache import KVCache
 from minitfm.generate import generate
 from minitfm.model import Transformer

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chapters.attention import patterns
-from chapters.block_masks import Pattern
+from chapters.shared.block_masks import Pattern
 from tests.attention.checks import assert_close, assert_float32_close, assert_kernel_close, untouched
 from tests.attention.masks import SIZES, as_pattern, block_of, definition, dense_mask, masked, masked_problems
 from tests.attention.on_device import DTYPES, PLACES, Place, at_the_wall, few_examples, on_device
@@ -24,7 +24,7 @@ KERNEL = pytest.mark.exercise("kernels.attention.patterns.attend_blocks", points
 
 fast, book = kernel("attention.patterns"), oracle("attention.patterns")
 if fast is not None:
-    from kernels import block_lists
+    from kernels.shared import block_lists
 
 
 @WINDOW

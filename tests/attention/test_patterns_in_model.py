@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chapters.attention import patterns
-from chapters.block_masks import Pattern
-from chapters.pattern_measures import costs, layers_needed
+from chapters.shared.block_masks import Pattern
+from chapters.shared.pattern_measures import costs, layers_needed
 from minitfm.cache import KVCache
 from minitfm.config import Config
 from minitfm.model import Transformer
@@ -25,7 +25,7 @@ from tests.conftest import DEVICE, kernel, tolerance
 
 fast = kernel("attention.patterns")
 if fast is not None:
-    from kernels import block_cases, block_lists
+    from kernels.shared import block_cases, block_lists
 
 BLOCKS = st.tuples(st.integers(1, 20), st.integers(1, 20))
 CASES = masked_problems(LENGTHS, st.integers(1, 8))

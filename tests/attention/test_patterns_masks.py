@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from chapters.attention import patterns
-from chapters.block_masks import BlockMask
+from chapters.shared.block_masks import BlockMask
 from tests.attention.masks import SIZES, dense_mask
 from tests.conftest import golden, tolerance
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters.bit_fields import nibble_words, pack, unpack
+from chapters.shared.bit_fields import nibble_words, pack, unpack
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.sampled_from([1, 2, 3, 4, 5, 7, 31, 32, 33, 70])

@@ -11,9 +11,10 @@ from argparse import Namespace
 import pytest
 import torch
 
-from chapters import claims, student_lab
+from chapters import claims
 from chapters.__main__ import main
 from chapters.report import shown
+from chapters.shared import student_lab
 from chapters.workbook import ROOT
 from minitfm import checkpoint, evaluate, surgery
 from minitfm.model import causal_attention

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters import hashed_attention as hashed
 from chapters.attention import lsh
+from chapters.shared import hashed_attention as hashed
 from minitfm.cache import KVCache
 from minitfm.config import Config
 from minitfm.model import Transformer

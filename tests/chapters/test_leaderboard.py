@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from chapters import contents, leaderboard
+from chapters import contents, leaderboard, token_bytes
 from chapters.lab import Lab
 from chapters.leaderboard import Board, Point
 
@@ -57,6 +57,33 @@ def test_the_picture_shows_every_technique_and_names_what_is_above_it():
     assert drawn.get_legend_handles_labels()[1] == ["GPTQ", "N:M sparsity", "plain model"]
     assert [text.get_text() for text in drawn.texts] == ["500"]
     assert max(max(line.get_ydata()) for line in drawn.lines) == leaderboard.CEILING * 20
+
+
+def test_marks_at_the_upper_edge_that_are_close_share_a_text():
+    far = [Point(N_M.technique, "", bits, perplexity) for bits, perplexity in ((9.5, 300.0), (12.0, 200.0))]
+    drawn = leaderboard.picture(board(N_M, *far)).axes[0]
+    assert [text.get_text() for text in drawn.texts] == ["300 to 500", "200"]
+
+
+def test_the_chart_of_bytes_places_points_by_what_a_token_reads(lab):
+    student = Point("distillation.soft_targets", "--layers 1", 8.0, 30.0, layers=1)
+    axes = leaderboard.picture_of_reads(board(student, GPTQ), lab.config).axes[0]
+    across = {line.get_label(): line.get_xdata()[0] for line in axes.lines}
+    expected = token_bytes.reads(lab.config, 3.1, lab.config.context).total / 1e6
+    assert across["GPTQ"] == pytest.approx(expected)
+    rest, cache = 2 * (2048 + 1 + 3) * 128, 2 * 2 * 4 * 32 * 512  # of one layer instead of four
+    assert across["Soft targets"] == pytest.approx((851_968 + rest + cache) / 1e6)
+    plain = [across[f"plain weights, {bits} bits"] for bits in (16, 32)]
+    assert across["no bits for the weights"] < across["GPTQ"] < plain[0] < plain[1]
+    assert axes.get_xlim()[0] < across["no bits for the weights"] and plain[1] < axes.get_xlim()[1]
+    assert axes.get_xlabel() == "MB read per decoded token, 512 tokens in context (counted)"
+
+
+def test_a_student_is_kept_with_its_layers(lab):
+    entry = contents.find("soft_targets")
+    assert leaderboard.measure(entry, "--layers 1 --steps 1 --sequences 4", lab).layers == 1
+    kept = leaderboard.read()
+    assert kept and all(point.layers for point in kept.points if point.technique.startswith("distillation."))
 
 
 def test_no_two_techniques_look_alike():

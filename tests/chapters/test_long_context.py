@@ -7,10 +7,11 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from chapters import contents, decode_methods, long_context, report
-from chapters.decode_methods import BIGBIRD, LSH, METHODS
+from chapters import contents, long_context, report
 from chapters.lab import Lab
 from chapters.long_context import Record, Row, measure
+from chapters.shared import decode_methods
+from chapters.shared.decode_methods import BIGBIRD, LSH, METHODS
 
 BY_NAME = {method.name: method for method in METHODS}
 DECODING = [method for method in METHODS if not method.cannot]
@@ -148,8 +149,8 @@ def test_the_report_shows_four_panels_in_words_too(kept, record, drawn, lab, tmp
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert 'id="long-context"' in page and "Linformer (cannot decode step by step: each new token" in page
     titles = [axes.get_title() for axes in drawn.axes]
-    assert len(titles) == 4 and all(title in shown["alt"] for title in titles)
-    assert all(method.name in shown["alt"] for method in DECODING)
+    assert len(titles) == 4 and all(title in shown["image"]["alt"] for title in titles)
+    assert all(method.name in shown["image"]["alt"] for method in DECODING)
 
 
 def test_no_two_methods_look_alike(drawn):

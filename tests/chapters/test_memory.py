@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch
 
-from chapters.memory import peak_bytes
+from chapters.shared.memory import peak_bytes, resident_growth
 
 
 def test_what_lives_at_once_counts_and_what_is_freed_does_not():
@@ -33,3 +36,18 @@ def test_what_autograd_keeps_counts():
         y.sum().backward()
 
     assert peak_bytes(compute) >= 5 * 4000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_a_fresh_python_grows_by_what_it_fills_at_once_and_not_by_what_it_imports():
+    code = "big = bytearray(b'x') * 50_000_000\ndel big\nsmall = bytearray(b'x') * 20_000_000"
+    growth = resident_growth("early = bytearray(b'x') * 30_000_000", code)
+    assert growth is not None and 49e6 < growth < 55e6  # the system counts in steps
+
+
+def test_a_fresh_python_that_fails_says_why(monkeypatch, tmp_path):
+    if resident_growth("", "") is not None:
+        with pytest.raises(RuntimeError, match=r"^ValueError: no$"):
+            resident_growth("", "raise ValueError('no')")
+    monkeypatch.setattr("chapters.shared.memory.STATUS", tmp_path / "missing")
+    assert resident_growth("", "") is None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from chapters import lab, moe_lab
-from chapters.moe_lab import Mixture, MoE
+from chapters import lab
+from chapters.shared import moe_lab, small_models
+from chapters.shared.moe_lab import Mixture, MoE
+from minitfm import train
 from minitfm.model import FeedForward, dense_feed_forward
 from tests.conftest import tolerance
 
@@ -45,7 +47,7 @@ class Tell:
 @pytest.fixture
 def small(monkeypatch, tmp_path) -> lab.Lab:
     """The base model, and random text, so that none is read; what is trained is kept in a folder of the test."""
-    monkeypatch.setattr(moe_lab, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(small_models, "cache_folder", lambda: tmp_path)
     made = lab.Lab()
     made.streams = torch.randint(2048, (2, 3000), generator=torch.Generator().manual_seed(0)).unbind()
     return made
@@ -108,7 +110,7 @@ def test_the_loss_is_that_of_the_text_and_the_penalties_of_all_layers(small):
     total = moe_lab.text_and_penalties(model, tokens)
     charged = sum(m.penalty.item() for m in model.modules() if isinstance(m, MoE) and m.penalty is not None)
     assert charged > 0
-    assert total.item() == pytest.approx(moe_lab.train.next_token_loss(model, tokens).item() + charged)
+    assert total.item() == pytest.approx(train.next_token_loss(model, tokens).item() + charged)
 
 
 def test_choices_are_counted_by_layer_and_expert(small):
@@ -123,20 +125,8 @@ def test_choices_are_counted_by_layer_and_expert(small):
         moe_lab.measure(small.model(), small.validation[:1])
 
 
-def test_a_small_model_has_half_the_width(small):
-    config = moe_lab.small(small.config)
-    assert (config.dim, config.hidden_dim, config.head_dim, config.layers) == (64, 128, 16, 4)
-    odd = moe_lab.small(replace(small.config, head_dim=2, hidden_dim=2))
-    assert odd.head_dim == 2 and odd.hidden_dim == 1
-
-
 def test_a_figure_puts_the_policy_back(small):
     model = moe_lab.upcycle(small, Mixture(Tell(), 4))
     drawn = moe_lab.draw({"one": model, "other": model}, small.validation[:1, :9])
     assert [axes.get_title() for axes in drawn.axes] == ["load, mean over layers", "dropped"]
     assert next(m.policy for m in model.modules() if isinstance(m, MoE)) == Tell()
-
-
-def test_only_modules_of_mixtures_are_part_of_a_key():
-    assert moe_lab.sources({"torch", "chapters.lab"}) == set()
-    assert len(moe_lab.sources({"chapters.moe_lab"})) == 1

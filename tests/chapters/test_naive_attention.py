@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chapters.naive_attention import exponent, naive_attend, rounding_errors, training_bytes
+from chapters.shared.naive_attention import exponent, naive_attend, rounding_errors, training_bytes
 from minitfm.model import causal_attention
 from tests.conftest import tolerance
 

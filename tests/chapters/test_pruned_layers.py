@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from chapters import pruned_layers as pruned
+from chapters.shared import pruned_layers as pruned
 from minitfm import checkpoint, surgery, train
 from minitfm.checkpoint import CheckpointError
 from minitfm.config import Config

@@ -20,8 +20,8 @@ def test_the_table_links_every_place_and_keeps_its_columns(book):
 def test_a_row_tells_a_claim_that_does_not_hold(book):
     entry = contents.CONTENTS[0]
     tests = entry.places()["tests"]
-    assert readme.row(entry, 4, {"sentence": "a | b.", "holds": True}).endswith(f"| [4]({tests}) | a \\| b. |")
-    assert readme.row(entry, 4, {"sentence": "a.", "holds": False}).endswith("| *Not reproduced:* a. |")
+    assert readme.row(entry, 4, None, {"sentence": "a | b.", "holds": True}).endswith(f"| [4]({tests}) | a \\| b. |")
+    assert readme.row(entry, 4, None, {"sentence": "a.", "holds": False}).endswith("| *Not reproduced:* a. |")
 
 
 def test_the_table_is_put_between_the_markers(tmp_path: Path, book):

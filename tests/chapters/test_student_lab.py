@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters import student_lab
+from chapters.shared import student_lab
 from minitfm import surgery, train
 from minitfm.cache import KVCache
 from minitfm.checkpoint import CheckpointError

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
-from chapters import text_kinds
 from chapters.lab import Lab
-from chapters.text_kinds import KINDS, kind, sorted_text, streams_by_task
+from chapters.shared import text_kinds
+from chapters.shared.text_kinds import KINDS, kind, sorted_text, streams_by_task
 
 TEXT = "One line\nof prose.\n\nf(x)\n    The value at x.\n\n    all of it\n\tindented\n\n>>> f(1)\n1"
 

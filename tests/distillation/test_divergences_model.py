@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters import student_lab
 from chapters.distillation import divergences
+from chapters.shared import student_lab
 from minitfm import checkpoint, train
 from minitfm.generate import generate
 from tests.conftest import DEVICE, kernel, tolerance

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters import student_lab
 from chapters.distillation import soft_targets
+from chapters.shared import student_lab
 from minitfm import checkpoint, train
 from tests.conftest import DEVICE, tolerance
 from tests.distillation.logits import DRAWN, SEEDS, close, close_gradient, drawn

@@ -35,7 +35,8 @@ def run(monkeypatch, folder: Path, found: dict[str, list[Case]], timer=None, wor
 def test_results_are_written_shown_drawn_and_read_back(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, tmp_path, {"attention.flash": [GOOD]}) == 0
     assert (
-        "| double | 10.0 | 2000 | 400.0 | 50% | memory | sum 20.0 (2.00x), none not timed |" in capsys.readouterr().out
+        "| double | 10.0 | 5.0 | 2000 | 400.0 | 50% | memory | sum 20.0 (2.00x), none not timed |"
+        in capsys.readouterr().out
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["h200.json", "h200.png"]
     assert (tmp_path / "h200.png").read_bytes().startswith(b"\x89PNG")
@@ -52,6 +53,15 @@ def test_a_second_run_replaces_only_its_techniques(monkeypatch, tmp_path):
     after = json.loads((tmp_path / "h200.json").read_text())
     assert after["techniques"]["attention.flash"] == before["techniques"]["attention.flash"]
     assert [found["case"] for found in after["techniques"]["sparsity.n_m"]["cases"]] == ["other"]
+
+
+def test_what_was_never_measured_comes_first_then_what_is_oldest(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path, {"attention.flash": [GOOD], "attention.heads": [GOOD]})
+    content = json.loads((tmp_path / "h200.json").read_text())
+    content["techniques"]["attention.heads"]["environment"]["date"] = "2025-12-31"
+    (tmp_path / "h200.json").write_text(json.dumps(content))
+    names = bench.oldest_first(tmp_path / "h200.json")
+    assert sorted(names) == bench.techniques() and names[-2:] == ["attention.heads", "attention.flash"]
 
 
 def test_failures_are_recorded_and_change_the_exit_status(monkeypatch, tmp_path, capsys):

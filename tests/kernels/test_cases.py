@@ -13,12 +13,14 @@ from kernels import cases as book
 from kernels.cases import Case, find, techniques, unavailable
 from kernels.timing import argument_sets, tensors
 
+PARTLY_READ = {"sparsity.sparse_ffn"}  # a call reads the rows that it chooses, its inputs hold all
 CACHES = {"A100": 40 << 20, "H100": 50 << 20, "H200": 60 << 20}  # bytes of L2
 
 
 def test_techniques_are_the_files():
     root = Path(kernels.__file__).parent
     files = {f"{path.parent.name}.{path.stem}" for path in root.glob("*/*.py") if path.stem != "__init__"}
+    files = {name for name in files if not name.startswith("shared.")}
     assert techniques() == sorted(files) and "attention.flash" in files
 
 
@@ -42,7 +44,8 @@ def test_real_cases_come_from_memory_in_every_call(name):
         for cache in CACHES.values():
             sets = argument_sets(case, torch.device("meta"), cache)
             read = [sum(tensor.numel() * tensor.element_size() for tensor in tensors(inputs)) for inputs in sets]
-            assert max(read) <= case.bytes and sum(read) > 2 * cache, case.name
+            assert name in PARTLY_READ or max(read) <= case.bytes, case.name
+            assert sum(min(held, case.bytes) for held in read) > 2 * cache, case.name
 
 
 def test_without_triton_names_are_known_and_cases_are_none(monkeypatch):

@@ -159,6 +159,26 @@ def test_static_file_is_deterministic_and_says_what_made_it(rows, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["static.md"]
 
 
+def test_a_change_of_the_static_report_shows_line_by_line(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "RESULTS", tmp_path)
+    assert "+# Static report of all kernels" in check.changes(rows)
+    check.write_static(rows)
+    assert check.changes(rows) == []
+    old = rows[0].warps
+    monkeypatch.setattr(rows[0], "warps", old + 1)
+    changed = [line for line in check.changes(rows) if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    assert len(changed) == 2 and f"| {old} |" in changed[0] and f"| {old + 1} |" in changed[1]
+
+
+def test_what_was_measured_stands_beside_the_floor(tmp_path, monkeypatch):
+    case = {"case": "c", "median_us": 31.04}
+    run = {"environment": {"gpu": "NVIDIA H200"}, "ceilings": {}, "cases": [case, {"case": "d", "failure": "no"}]}
+    (tmp_path / "h200.json").write_text(json.dumps({"techniques": {"attention.flash": run}}))
+    monkeypatch.setattr(check, "RESULTS", tmp_path)
+    titles = [table.title for table in check.tables([check.Row("attention.flash", name, 90) for name in "cd"])]
+    assert "measured: H200 31.0" in titles[0] and "measured" not in titles[1]
+
+
 def judged(**changes) -> list[str]:
     """Failures of a passing row with some fields changed."""
     row = check.Row("t", "c", 90, kind="other", kernel="k", registers=100, shared_bytes=1024, load_bits=128)
@@ -194,6 +214,20 @@ def test_matrix_gate_applies_to_kernels_with_a_dot():
     assert pair("matrix", PRODUCT, {}) == [True, True]
     assert pair("matrix", PRODUCT, {"uses_dot": True}) == [True, False]
     assert pair("matrix", {}, {}) == [False, False]
+
+
+def test_tall_products_are_wgmma_on_the_gpu_that_has_it():
+    by_mma = {"uses_dot": True, "tensor_instructions": {"HMMA": 4}, "kind": "matrix"}
+    assert judged(**by_mma, dot_rows=32) == judged(arch=80, **by_mma, dot_rows=64) == []
+    assert judged(kind="matrix", **PRODUCT, dot_rows=64) == []
+    assert judged(**by_mma, dot_rows=64) == ["a product of 64 rows by mma.sync: from 64 on it should be wgmma"]
+
+
+def test_rows_of_products_are_read_from_the_intermediate_code():
+    dot_rows = pytest.importorskip("kernels.compiled", exc_type=ImportError).dot_rows
+    line = "%1 = tt.dot %a, %b, %c, inputPrecision = ieee : tensor<{}xf16> * tensor<32x16xf16> -> tensor<{}xf32>\n"
+    assert dot_rows("".join(line.format(f"{rows}x32", f"{rows}x16") for rows in (16, 128, 64))) == 128
+    assert dot_rows(line.format("64x32", "64x16").replace("f16", "f32")) == dot_rows("tt.load") == 0
 
 
 def test_stream_gate_applies_to_kernels_that_carry_weight():

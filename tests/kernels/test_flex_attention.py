@@ -12,7 +12,7 @@ from kernels.timing import relative_error
 def test_it_takes_the_masks_and_scores_of_all_cases(monkeypatch):
     """Past a limit, 8 where nobody sets another, torch would compile no more, and run it with all scores in memory."""
     pytest.importorskip("triton")
-    from kernels import attention_options, attentions
+    from kernels.shared import attention_options, attentions
 
     make = torch.compile
     monkeypatch.setattr(torch, "compile", lambda run, **how: make(run, backend="eager", **how))

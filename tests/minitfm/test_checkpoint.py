@@ -127,6 +127,32 @@ def test_half_precision_is_loaded_as_float32(tmp_path):
     assert torch.equal(loaded.embedding.weight, model.embedding.weight.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_stays_in_the_dtype_that_it_was_stored_in_if_asked(tmp_path, dtype):
+    model = saved(tmp_path).to(dtype)
+    checkpoint.save(tmp_path, model, TOKENIZER)
+    loaded = checkpoint.load(tmp_path, dtype=None).model
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert loaded.cos.dtype == torch.float32 and torch.equal(loaded.cos, saved(tmp_path / "plain").cos)
+    assert checkpoint.load(tmp_path, dtype=torch.float64).model.norm.weight.dtype == torch.float64
+
+
+def test_a_failure_to_load_leaves_the_default_dtype(tmp_path):
+    saved(tmp_path)
+    edit_json("config.json", layers=3)(tmp_path)
+    with pytest.raises(CheckpointError):
+        checkpoint.load(tmp_path, dtype=torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_tensors_are_read_when_they_are_asked_for(tmp_path):
+    model = saved(tmp_path)
+    tensors = checkpoint.read(tmp_path).tensors
+    assert set(tensors) == set(checkpoint.stored(model)) and len(tensors) == len(checkpoint.stored(model))
+    assert torch.equal(tensors[NORM], model.get_parameter(NORM)) and tensors[NORM] is not tensors[NORM]
+
+
 @pytest.mark.parametrize("failing", ["write_text", "write_bytes", "replace"])
 def test_a_failure_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch, failing):
     saved(tmp_path, seed=1)

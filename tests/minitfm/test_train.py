@@ -194,6 +194,22 @@ def test_muon_gets_the_matrices_of_the_blocks_and_decay_spares_the_rest():
     assert {key for key, value in decay.items() if value == 0} == rest
 
 
+def test_another_optimizer_is_given_the_peak_rate_of_its_groups():
+    model, rates = tiny_model(), []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+
+    def optimizers(model, settings):
+        return [Watched([{"params": model.parameters(), "peak": 0.5}], lr=1.0)]
+
+    before, settings = model.embedding.weight.clone(), Settings(steps=3, batch=2, length=16)
+    train(model, tokens(600), settings, optimizers=optimizers)
+    assert rates == [0.5 * settings.rate(step) for step in range(3)]
+    assert torch.equal(model.embedding.weight, before)
+
+
 def test_frozen_parameters_stay():
     model = tiny_model()
     model.embedding.weight.requires_grad_(False)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from chapters import moe_lab
 from chapters.moe import batch_priority, routing
 from chapters.moe.batch_priority import PriorityGate
+from chapters.shared import moe_lab
 from minitfm import evaluate
 from minitfm.config import Config
 from minitfm.model import Transformer

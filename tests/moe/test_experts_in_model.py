@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from chapters import moe_lab
 from chapters.moe import experts
 from chapters.moe.experts import Grouped, GroupedMoE
 from chapters.moe.routing import Gate, Routing, route
+from chapters.shared import moe_lab
 from minitfm.config import Config
 from minitfm.model import FeedForward, Transformer
 from tests.conftest import golden, tolerance

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from chapters import moe_lab
 from chapters.moe import residual
 from chapters.moe.routing import Gate
+from chapters.shared import moe_lab
 from minitfm.config import Config
 from minitfm.model import Transformer
 from tests.conftest import DEVICE, tolerance

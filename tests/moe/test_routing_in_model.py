@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters import moe_lab
 from chapters.moe import routing
 from chapters.moe.routing import Gate
+from chapters.shared import moe_lab
 from minitfm.config import Config
 from minitfm.model import FeedForward, Transformer
 from tests.conftest import DEVICE, golden, kernel, poisoned, tolerance

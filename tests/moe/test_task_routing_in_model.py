@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters import moe_lab
 from chapters.moe import task_routing
 from chapters.moe.task_routing import TaskMixture, TaskRouter, extract, set_task
+from chapters.shared import moe_lab
 from minitfm import checkpoint
 from minitfm.config import Config
 from minitfm.model import Transformer

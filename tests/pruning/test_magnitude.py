@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chapters.pruned_layers import dropped
 from chapters.pruning import magnitude
+from chapters.shared.pruned_layers import dropped
 from tests.conftest import golden, tolerance
 from tests.pruning.launched import keys, staying, thresholds
 from tests.pruning.refused import REFUSED

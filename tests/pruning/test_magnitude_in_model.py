@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from chapters.pruned_layers import dropped, nonzero_masks
 from chapters.pruning import magnitude
+from chapters.shared.pruned_layers import dropped, nonzero_masks
 from minitfm import surgery
 from minitfm.config import Config
 from minitfm.model import Transformer

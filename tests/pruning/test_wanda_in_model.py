@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chapters.pruned_layers import dropped
 from chapters.pruning import wanda
+from chapters.shared.pruned_layers import dropped
 from minitfm import surgery
 from minitfm.config import Config
 from minitfm.model import Transformer

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from chapters.bit_fields import pack
+from chapters.shared.bit_fields import pack
 from tests.conftest import DEVICE, oracle
 
 TOKENS = st.integers(1, 4)

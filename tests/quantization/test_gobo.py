@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters.bit_fields import pack
 from chapters.quantization.gobo import (
     codebook_matmul,
     equal_shares,
@@ -22,6 +21,7 @@ from chapters.quantization.gobo import (
     nearest,
     outlier_mask,
 )
+from chapters.shared.bit_fields import pack
 from tests.conftest import DEVICE, KERNEL_DTYPES, golden, kernel, poisoned, tolerance
 from tests.fences import walled
 from tests.quantization.codebooks import PARTS, arguments, expected_of, products

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters.bit_fields import pack
+from chapters.shared.bit_fields import pack
 from tests.conftest import DEVICE, KERNEL_DTYPES, kernel, oracle, poisoned, tolerance
 from tests.fences import walled
 from tests.quantization.codebooks import PARTS, arguments, expected_of, products

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters import quantized_cache
 from chapters.quantization import kv_cache as chapter
 from chapters.quantization.kv_cache import pack, quantize, read
-from chapters.quantized_cache import KIVI_KEYS, KIVI_VALUES, Plan, QuantizedCache, Store, attend, encode, expand
+from chapters.shared import quantized_cache
+from chapters.shared.quantized_cache import KIVI_KEYS, KIVI_VALUES, Plan, QuantizedCache, Store, attend, encode, expand
 from minitfm.cache import KVCache
 from minitfm.generate import generate
 from tests.conftest import DEVICE, tolerance

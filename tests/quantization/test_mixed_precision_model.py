@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapters.packed_layers import LANES, SPAN, dequantize_layers, pack_layers
 from chapters.quantization import mixed_precision
 from chapters.quantization.weight_only import nearest_codes
-from chapters.static_inputs import GriddedLinear, activations, most_hurt, round_activations
+from chapters.shared.packed_layers import LANES, SPAN, dequantize_layers, pack_layers
+from chapters.shared.static_inputs import GriddedLinear, activations, most_hurt, round_activations
 from minitfm import evaluate, surgery
 from tests.conftest import KERNEL_DTYPES, kernel, tolerance
 from tests.minitfm.models import tiny_model, tokens

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from chapters.packed_layers import SPAN, PackedLayers
 from chapters.quantization.weight_only import Quantized
+from chapters.shared.packed_layers import SPAN, PackedLayers
 from tests.conftest import DEVICE
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -7,6 +7,7 @@ import numpy as np
 ONES = np.ones((4, 16))
 PAIRS = np.tile([1.0, 0, 0, 1], (4, 8))
 VALUES, METADATA = np.ones((4, 16)), np.full((4, 2), 0x4444, dtype=np.int16)  # positions 0 and 1 in every group
+PACKED = np.zeros((1, 2, 1, 4), dtype=np.int32)  # position 0 for every value
 
 REFUSED: dict[str, dict[str, tuple]] = {
     "n_m_mask": {
@@ -50,6 +51,24 @@ REFUSED: dict[str, dict[str, tuple]] = {
         r"int32 \(4, 2\)": (VALUES, METADATA.astype(np.int32)),
         r"\(4, 14\)": (VALUES[:, :14], METADATA),
         "do not ascend": (VALUES, METADATA ^ 0xF),
+    },
+    "compress_n_m": {
+        "not 1:4.*row 0, columns 0 to 3": (PAIRS, 1, 4),
+        "not 2:8.*row 1, columns 16 to 23": (PAIRS * (np.arange(32) % 8 < 4) + np.eye(4, 32, 15 + 4), 2, 8),
+        "32 columns.*m=3": (PAIRS, 2, 3),
+        "from 2 to 16.*32": (PAIRS, 16, 32),
+        "n=5, m=4": (PAIRS, 5, 4),
+        "n=0": (PAIRS * 0, 0, 4),
+        "NaN": (np.where(PAIRS == 1, np.nan, 0), 2, 4),
+    },
+    "matmul_n_m": {
+        r"x must be \[tokens, 64\].*\(1, 32\)": (np.ones((1, 32)), VALUES, PACKED, 1, 4),
+        r"x must be.*\(64,\)": (np.ones(64), VALUES, PACKED, 1, 4),
+        r"packed must be int32 \(1, 3, 1, 4\)": (np.ones((1, 128)), VALUES, PACKED, 1, 8),
+        "got int64": (np.ones((1, 64)), VALUES, PACKED.astype(np.int64), 1, 4),
+        "2:4.*do not|do not ascend": (np.ones((1, 32)), VALUES, PACKED, 2, 4),
+        "below m=3": (np.ones((1, 48)), VALUES, ~PACKED, 1, 3),
+        "groups · 3": (np.ones((1, 64)), VALUES, PACKED, 3, 4),
     },
     "cutlass_offsets": {
         "divisible by 32.* got 4 and 2": (METADATA,),

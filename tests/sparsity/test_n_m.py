@@ -16,6 +16,8 @@ from tests.fences import walled
 from tests.sparsity.compressed import assert_same_words, converted_by_torch, cutlass_places, spelled, stored
 from tests.sparsity.drawn import CONTENTS, SEEDS, SUMMABLE, contents, first_largest, pruned, weights
 from tests.sparsity.exact import KEPT, NIBBLES, group_of, least_and_next_to_one, mixed
+from tests.sparsity.general import PATTERNS as GENERAL
+from tests.sparsity.general import stored_n_m, thinned
 from tests.sparsity.launched import EXACT_SUMS, SPECIAL_BITS, assert_close, exact_products, products, special_groups
 from tests.sparsity.refused import REFUSED
 
@@ -23,10 +25,13 @@ MASK = pytest.mark.exercise("chapters.sparsity.n_m.n_m_mask", points=2)
 BLOCKS = pytest.mark.exercise("chapters.sparsity.n_m.block_mask", points=2)
 COMPRESS = pytest.mark.exercise("chapters.sparsity.n_m.compress", points=3)
 MATMUL = pytest.mark.exercise("chapters.sparsity.n_m.sparse_matmul", points=2)
+COMPRESS_N_M = pytest.mark.exercise("chapters.sparsity.n_m.compress_n_m", points=2)
+MATMUL_N_M = pytest.mark.exercise("chapters.sparsity.n_m.matmul_n_m", points=2)
 OFFSETS = pytest.mark.exercise("chapters.sparsity.n_m.cutlass_offsets", points=1)
 LARGEST_TWO = pytest.mark.exercise("kernels.sparsity.n_m.largest_two", points=2)
 MATVEC = pytest.mark.exercise("kernels.sparsity.n_m.matvec_kernel", points=4)
-MARKS = {mark.args[0].rpartition(".")[2]: mark for mark in (MASK, BLOCKS, COMPRESS, MATMUL, OFFSETS)}
+GRADED = (MASK, BLOCKS, COMPRESS, MATMUL, COMPRESS_N_M, MATMUL_N_M, OFFSETS)
+MARKS = {mark.args[0].rpartition(".")[2]: mark for mark in GRADED}
 
 fast = kernel("sparsity.n_m")
 PATTERNS = [(n, m) for m in (1, 2, 4, 5, 8) for n in range(1, m + 1)]
@@ -180,6 +185,40 @@ def test_an_activation_reaches_only_the_rows_that_store_a_value_for_it(rows, wor
     x = np.ones((dense.shape[1], dense.shape[1]))
     np.fill_diagonal(x, np.nan)  # token t lacks activation t
     np.testing.assert_array_equal(np.isnan(n_m.sparse_matmul(x, values, metadata)), kept.T)
+
+
+# --- the definition: any N:M --------------------------------------------------------------------------------------
+
+SIZES = {"pattern": st.sampled_from(GENERAL), "rows": st.integers(1, 9), "groups": st.integers(1, 20), "seed": SEEDS}
+
+
+@COMPRESS_N_M
+@pytest.mark.parametrize("dtype", [None, np.float32, np.float16, np.int8])
+@given(**SIZES)
+def test_any_n_m_weight_is_its_values_and_their_positions(dtype, pattern, rows, groups, seed):
+    """dtype None: full groups. In the others some have fewer than n, and the first of their zeros are stored."""
+    drawn = (*pattern, rows, groups, seed)
+    weight, *parts = thinned(dtype, *drawn) if dtype else (stored_n_m("tiny", *drawn)[place] for place in (2, 0, 1))
+    mine = weight.copy()
+    for found, expected in zip(n_m.compress_n_m(mine, *pattern), parts, strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(mine, weight)
+
+
+@MATMUL_N_M
+@given(tokens=st.integers(1, 5), kind=st.sampled_from(CONTENTS), **SIZES)
+def test_the_product_from_values_and_positions_is_the_dense_product(tokens, kind, pattern, rows, groups, seed):
+    values, packed, dense, mask = stored_n_m(kind, *pattern, rows, groups, seed)
+    x = np.random.default_rng(seed).normal(size=(tokens, dense.shape[1]))
+    operands = (x.copy(), values.copy(), packed.copy())
+    y = n_m.matmul_n_m(*operands, *pattern)
+    largest = float((np.abs(x) @ np.abs(dense).T).max())
+    np.testing.assert_allclose(y, x @ dense.T, **tolerance(np.float64, dense.shape[1], scale=largest))
+    assert n_m.matmul_n_m(x, values.astype(np.float32), packed, *pattern).dtype == np.float64
+    np.testing.assert_equal(operands, (x, values, packed))
+    x = np.where(np.eye(dense.shape[1], dtype=bool), np.nan, 1)  # token t lacks activation t, and spoils who stores it
+    np.testing.assert_array_equal(np.isnan(n_m.matmul_n_m(x, values, packed, *pattern)), mask.T)
 
 
 # --- the reference: torch's own code ------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from chapters.pruned_layers import prune_each
+from chapters.shared.pruned_layers import prune_each
 from chapters.sparsity import n_m
 from minitfm import surgery
 from minitfm.config import Config
@@ -71,6 +71,9 @@ def test_run_prunes_the_model_and_counts_bits(model, n, m, bits):
     assert report["bits per weight"] == bits
     for layer in surgery.linears(changed).values():
         assert (layer.weight != 0).unflatten(1, (-1, m)).sum(-1).unique().tolist() == [n]
+    again = copy.deepcopy(model)
+    assert n_m.apply(again, torch.zeros(0, 16), parser.parse_args(["--pattern", f"{n}:{m}"])) == report
+    assert all(torch.equal(*pair) for pair in zip(again.parameters(), changed.parameters(), strict=True))
 
 
 class Bench:

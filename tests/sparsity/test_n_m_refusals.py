@@ -46,3 +46,24 @@ def test_the_kernels_refuse():
         fast.prune_and_compress(torch.ones(16, **half))
     with pytest.raises(TypeError, match="float32"):
         fast.prune_and_compress(torch.ones(1, 16, device=DEVICE))
+
+
+@pytest.mark.kernel
+def test_the_kernel_for_any_pattern_refuses():
+    half = {"dtype": torch.float16, "device": DEVICE}
+    x, values = torch.ones(1, 128, **half), torch.ones(4, 64, **half)
+    packed = torch.zeros(1, 3, 2, 4, dtype=torch.int32, device=DEVICE)
+    for arguments, words in [
+        ((x, values, packed, 3, 8), "got 3:8"),
+        ((x, values, packed, 8, 4), "got 8:4"),
+        ((x[:, :64], values, packed, 4, 8), "x has 64 columns.*128"),
+        ((x, values[:, :33].contiguous(), packed, 4, 8), "33 columns.*n=4"),
+        ((x, values, packed[:, :2].contiguous(), 4, 8), r"packed must be \[1, 3, 2, 4\]"),
+        ((x[0], values, packed, 4, 8), "two axes"),
+        ((x, values.T.contiguous().T, packed, 4, 8), "contiguous"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            fast.matmul_n_m(*arguments)
+    for arguments in [(x.float(), values, packed), (x, values.bfloat16(), packed), (x, values, packed.long())]:
+        with pytest.raises(TypeError, match="dtype"):
+            fast.matmul_n_m(*arguments, 4, 8)

@@ -1,0 +1,1 @@
+"""What several chapters build on, and what would not fit into one: layers, caches, training, measurements, figures."""

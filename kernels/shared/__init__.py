@@ -1,0 +1,1 @@
+"""What several kernels build on: tiles, scores, lists of blocks, and the cases that they share."""

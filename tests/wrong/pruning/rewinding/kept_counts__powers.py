@@ -1,0 +1,13 @@
+"""chapters.pruning.rewinding.kept_counts: rounds powers of the share that stays, not each level."""
+
+
+def kept_counts(weights: int, share: float, levels: int, open_lth: bool = False) -> list[int]:
+    if levels < 0:
+        raise ValueError(f"levels must not be negative, got {levels}")
+    counts = [weights]
+    dropped(weights, share)  # its checks, where there is no level to prune to
+    for _ in range(levels):
+        left = counts[-1]
+        gone = math.ceil(share * left) + 1 if open_lth else dropped(left, share)
+        counts.append(max(1, left - gone))
+    return counts if open_lth else [max(1, round(weights * (1 - share) ** level)) for level in range(levels + 1)]

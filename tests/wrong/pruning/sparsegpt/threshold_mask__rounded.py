@@ -1,0 +1,8 @@
+"""chapters.pruning.sparsegpt.threshold_mask: rounds the place of the threshold."""
+
+
+def threshold_mask(score: np.ndarray, sparsity: float, exact: bool = False) -> np.ndarray:
+    checked_sparsity(sparsity)
+    if exact:
+        return keep_largest(score, score.size - dropped(score.size, sparsity))
+    return score > np.sort(score, axis=None)[min(round(sparsity * score.size), score.size - 1)]

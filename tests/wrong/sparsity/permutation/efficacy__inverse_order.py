@@ -1,0 +1,9 @@
+"""chapters.sparsity.permutation.efficacy: puts column j where order[j] says, which is the inverse."""
+
+
+def efficacy(weight: np.ndarray, order: np.ndarray) -> float:
+    before, half = kept_magnitude(weight), weight.shape[1] // 2
+    limit = float(np.sort(magnitudes(weight), axis=1)[:, half:].sum())
+    if limit - before <= 1e-12 * limit:
+        return 0.0
+    return 100 * (kept_magnitude(weight[:, np.argsort(order)]) - before) / (limit - before)

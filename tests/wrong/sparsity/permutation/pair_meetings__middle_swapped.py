@@ -1,0 +1,14 @@
+"""kernels.sparsity.permutation.pair_meetings: takes the columns of a stripe in the order 0 2 1 3."""
+
+
+@triton.jit
+def pair_meetings(x, y):
+    R: tl.constexpr = x.shape[0]
+    S: tl.constexpr = x.shape[1] // 4
+    T: tl.constexpr = y.shape[1] // 4
+    a, b, c, d = members(tl.reshape(x, (R, S, 2, 2)))
+    e, f, g, h = members(tl.reshape(y, (R, T, 2, 2)))
+    sums, maxima = both_halves(a, b, c, d)
+    other_sums, other_maxima = both_halves(e, g, f, h)
+    kept = tl.maximum(sums[:, :, None], other_sums[:, None, :])
+    return tl.sum(tl.maximum(kept, maxima[:, :, None] + other_maxima[:, None, :]), axis=0)

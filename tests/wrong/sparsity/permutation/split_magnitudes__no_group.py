@@ -1,0 +1,12 @@
+"""chapters.sparsity.permutation.split_magnitudes: loses the axis of the splits where there is no group."""
+
+
+def split_magnitudes(columns: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    fours, ways = stripe_choices(4 * groups.shape[1])
+    rows = max(BLOCK // len(fours), 1)
+    sums = np.zeros((len(groups), len(fours)))
+    for group, found in zip(groups, sums, strict=True):
+        members = columns.reshape(-1, 4, columns.shape[1])[group].reshape(-1, columns.shape[1])
+        for start in range(0, columns.shape[1], rows):
+            found += two_largest(*members[fours.T, start : start + rows]).sum(axis=1)
+    return np.array([np.sum([s[stripe] for stripe in ways.T], axis=0) for s in sums])

@@ -1,0 +1,8 @@
+"""chapters.sparsity.sparse_ffn.active: makes 0 of NaN."""
+
+
+def active(x: np.ndarray, up: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    if x.ndim != 2 or up.ndim != 2 or x.shape[1] != up.shape[1] or len(x) != len(chosen):
+        raise ValueError(f"x must be [tokens, C] and up [F, C], got {x.shape} and {up.shape} for chosen {chosen.shape}")
+    rows = chosen_rows(chosen, len(up))
+    return (lambda h: np.where(h > 0, h, 0))(np.einsum("tbc,tc->tb", up[rows], x))

@@ -1,0 +1,17 @@
+"""kernels.sparsity.sparse_ffn.choose: takes the last of equals."""
+
+
+@triton.jit
+def choose(low, second, bias, block, live, N, R, WIDTH: tl.constexpr, RANK: tl.constexpr):
+    place, rank = tl.arange(0, WIDTH), tl.arange(0, RANK)
+    unit = block[:, None] * N + place[None, :]  # [B, WIDTH]
+    there = live[:, None] & (place < N)[None, :]
+    inside = there[:, :, None] & (rank < R)[None, None, :]
+    tile = tl.load(second + unit[:, :, None] * R + rank[None, None, :], mask=inside, other=0.0).to(tl.float32)
+    vector = tl.load(low + rank, mask=rank < R, other=0.0)
+    logits = tl.sum(tile * vector[None, None, :], axis=2)
+    logits += tl.load(bias + unit, mask=there, other=0.0).to(tl.float32)
+    logits = tl.where((place < N)[None, :], logits, float("-inf"))
+    top = logits == tl.max(logits, axis=1)[:, None]
+    best = tl.max(tl.where(top, place[None, :], 0), axis=1)
+    return tl.minimum(best, N - 1).to(tl.int32)

@@ -1,0 +1,14 @@
+"""kernels.sparsity.sparse_ffn.choose: forgets the bias."""
+
+
+@triton.jit
+def choose(low, second, bias, block, live, N, R, WIDTH: tl.constexpr, RANK: tl.constexpr):
+    place, rank = tl.arange(0, WIDTH), tl.arange(0, RANK)
+    unit = block[:, None] * N + place[None, :]  # [B, WIDTH]
+    there = live[:, None] & (place < N)[None, :]
+    inside = there[:, :, None] & (rank < R)[None, None, :]
+    tile = tl.load(second + unit[:, :, None] * R + rank[None, None, :], mask=inside, other=0.0).to(tl.float32)
+    vector = tl.load(low + rank, mask=rank < R, other=0.0)
+    logits = tl.sum(tile * vector[None, None, :], axis=2)
+    best = tl.argmax(tl.where((place < N)[None, :], logits, float("-inf")), axis=1)
+    return tl.minimum(best, N - 1).to(tl.int32)

@@ -1,0 +1,18 @@
+"""kernels.sparsity.sparse_ffn.combine_kernel: adds in the dtype of y."""
+
+
+@triton.jit
+def combine_kernel(hidden, chosen, down, y, blocks, N, C, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    token = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    dtype: tl.constexpr = y.dtype.element_ty
+    acc = tl.zeros((BLOCK_C,), dtype)
+    for start in range(0, blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        live = block < blocks
+        share = tl.load(hidden + token * blocks + block, mask=live, other=0.0)
+        row = (block * N + tl.load(chosen + token * blocks + block, mask=live, other=0)) * C
+        read = (share != 0)[:, None] & (column < C)[None, :]
+        tile = tl.load(down + row[:, None] + column[None, :], mask=read, other=0.0).to(tl.float32)
+        acc = (acc.to(tl.float32) + tl.sum(share[:, None] * tile, axis=0).to(dtype)).to(dtype)
+    tl.store(y + token * C + column, acc, mask=column < C)

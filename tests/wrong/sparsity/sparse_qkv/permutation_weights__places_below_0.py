@@ -1,0 +1,14 @@
+"""chapters.sparsity.sparse_qkv.permutation_weights: accepts places below 0."""
+
+
+def permutation_weights(order: np.ndarray, modules: int) -> tuple[np.ndarray, np.ndarray]:
+    order = np.asarray(order)
+    if order.ndim != 1 or order.size == 0 or len(set(order.tolist())) != order.size or order.max() >= order.size:
+        raise ValueError(f"order must be a permutation of 0 .. d - 1, got {order}")
+    if modules < 1 or order.size % modules:
+        raise ValueError(f"modules must be positive and divide the {order.size} inputs, got {modules}")
+    module, channel = np.divmod(np.arange(order.size), order.size // modules)  # where each output stands
+    gates, shared = np.zeros((modules, order.size)), np.zeros((order.size, order.size // modules))
+    gates[module, order] = 1  # an input passes the gate of its own module only
+    shared[order, channel] = 1
+    return gates, shared

@@ -1,0 +1,11 @@
+"""chapters.sparsity.sr_ste.refined_step: moves the sparse weight, and so forgets what is dropped."""
+
+
+def refined_step(
+    weight: np.ndarray, gradient: np.ndarray, n: int = 2, m: int = 4, rate: float = 0.1, decay: float = 2e-4
+) -> tuple[np.ndarray, np.ndarray]:
+    checked_step(weight, gradient, rate=rate, decay=decay)
+    wide = np.result_type(weight, gradient, np.float32)
+    change = refined_gradient(weight.astype(wide), gradient.astype(wide), n, m, decay)
+    moved = (sparse_weight(weight, n, m).astype(wide) - rate * change).astype(weight.dtype)
+    return moved, sparse_weight(moved, n, m).astype(gradient.dtype)

@@ -1,0 +1,18 @@
+"""chapters.sparsity.top_kast.refresh: gives a new weight the moments of its neighbour."""
+
+
+def refresh(
+    theta: np.ndarray, index: np.ndarray, values: np.ndarray, moments: np.ndarray,
+    choose: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    inside = index.size == 0 or (index[0] >= 0 and index[-1] < theta.size and (np.diff(index) > 0).all())
+    if not inside or not index.shape == values.shape == moments.shape[1:]:
+        raise ValueError("index must rise within theta, one for each of values")
+    theta = theta.copy()
+    theta.reshape(-1)[index] = values
+    member = choose(theta).reshape(-1)
+    chosen = np.flatnonzero(member)
+    place = np.searchsorted(index, chosen)
+    stays = np.append(index, -1)[place] == chosen
+    carried = np.pad(moments, ((0, 0), (0, 1)))[:, place].astype(moments.dtype)
+    return theta, chosen, theta.reshape(-1)[chosen], member[chosen] == 2, carried

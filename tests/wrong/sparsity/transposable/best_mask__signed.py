@@ -1,0 +1,13 @@
+"""chapters.sparsity.transposable.best_mask: adds weights with their signs."""
+
+
+def best_mask(weight: np.ndarray, patterns: np.ndarray) -> np.ndarray:
+    if patterns.ndim != 3 or patterns.shape[1] != patterns.shape[2] or patterns.size == 0:
+        raise ValueError(f"patterns must be [P, m, m] and at least one, got shape {patterns.shape}")
+    m = patterns.shape[1]
+    rows, columns = weight.shape
+    to_blocks(weight, m)
+    blocks = weight.astype(np.float64).reshape(rows // m, m, columns // m, m).swapaxes(1, 2).reshape(-1, m * m)
+    flat = patterns.reshape(len(patterns), -1)
+    chosen = (blocks @ flat.T).argmax(axis=1)
+    return from_blocks(flat[chosen], weight.shape, m)

@@ -1,0 +1,10 @@
+"""chapters.sparsity.transposable.best_mask: adds squares."""
+
+
+def best_mask(weight: np.ndarray, patterns: np.ndarray) -> np.ndarray:
+    if patterns.ndim != 3 or patterns.shape[1] != patterns.shape[2] or patterns.size == 0:
+        raise ValueError(f"patterns must be [P, m, m] and at least one, got shape {patterns.shape}")
+    m = patterns.shape[1]
+    flat = patterns.reshape(len(patterns), -1)
+    chosen = (to_blocks(weight, m) ** 2 @ flat.T).argmax(axis=1)
+    return from_blocks(flat[chosen], weight.shape, m)
