@@ -16,7 +16,7 @@ from chapters.contents import CONTENTS, Entry
 
 ROOT = Path(__file__).resolve().parents[1]
 HOURS = 3
-MOST = 10  # chapters: about a minute each
+MOST = 7  # chapters: about a minute each
 SHARED = ("minitfm/", "chapters/shared/", "kernels/shared/", "pyproject.toml", "constraints.txt", "Makefile", ".ci/")
 
 

@@ -167,6 +167,11 @@ def test_the_cubic_schedule_rises_from_first_to_last_and_stays(begin, length, in
 
 
 @CUBIC
+def test_the_cubic_schedule_is_cubic_unless_told():
+    assert magnitude.cubic_sparsity(5, 0, 10, 0, 0.8) == pytest.approx(0.7)
+
+
+@CUBIC
 @pytest.mark.parametrize("case", ["a", "c"])
 def test_golden_tensorflow_schedule(case):
     arrays = golden("sparse/magnitude")

@@ -142,6 +142,11 @@ class TestRefinedGradient:
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, np.array([[0.0, 2051.0]]).astype(dtype))  # float16: 2052
 
+    def test_adds_in_the_dtype_of_a_wider_gradient(self):
+        weight, gradient = np.array([[1, 2.0**-40]], np.float32), np.array([[0, 1 + 2.0**-24]])  # a tie in float32
+        found = sr_ste.refined_gradient(weight, gradient, 1, 2, 1.0)
+        np.testing.assert_array_equal(found, np.array([[0, 1 + 2.0**-23]], np.float32))
+
     def test_refuses(self):
         refuses(sr_ste.refined_gradient, ONES)
         for gradient in (np.ones((8, 2)), np.ones((1, 8)), ONES * np.nan, ONES * np.inf):
@@ -196,6 +201,23 @@ class TestRefinedStep:
         np.testing.assert_array_equal(moved, exact.astype(dtype))
         np.testing.assert_array_equal(sparse, np.array([[0, 0, exact[0, 2]]]).astype(dtype).astype(other))
         assert not np.signbit(sparse).any()
+
+    def test_is_2_of_4_at_a_rate_of_a_tenth_with_the_released_factor_by_default(self):
+        weight, gradient = drawn("normal", 3, 8, 0)
+        moved, sparse = sr_ste.refined_step(weight, gradient)
+        expected = weight - 0.1 * refined_by_hand(weight, gradient, 2, 4, 2e-4)
+        np.testing.assert_allclose(moved, expected, **tolerance(np.float64))
+        np.testing.assert_array_equal(sparse, np.where(mask_by_hand(moved, 2, 4), moved, 0))
+
+    @pytest.mark.parametrize(("dtype", "other"), [("f4", "f4"), ("f4", "f8"), ("f8", "f4"), ("f2", "f4"), ("f2", "f2")])
+    def test_computes_in_the_wider_dtype_and_no_wider(self, dtype, other):
+        generator = np.random.default_rng(0)
+        weight, gradient = generator.normal(size=(64, 8)).astype(dtype), generator.normal(size=(64, 8)).astype(other)
+        wide = np.result_type(weight, gradient, np.float32)
+        w, g = weight.astype(wide), gradient.astype(wide)
+        change = g + 0.3 * np.where(mask_by_hand(weight, 2, 4), 0, w).astype(wide)
+        moved, _ = sr_ste.refined_step(weight, gradient, 2, 4, 0.7, 0.3)
+        np.testing.assert_array_equal(moved, (w - 0.7 * change).astype(dtype))
 
     def test_is_rounded_once_and_chooses_after_that(self):
         weight, gradient = np.array([[1, 1 - 2**-11]], np.float16), np.array([[0, -(2.0**-11) + 2.0**-13]], np.float16)
