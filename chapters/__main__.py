@@ -120,8 +120,11 @@ def add_mistakes(commands) -> None:
 
 def add_mutants(commands) -> None:
     """`mutants`: the same question, asked by small changes of the solutions."""
-    mutants.add_command(commands)
-    commands.choices["mutants"].set_defaults(run=run_mutants)
+    command = commands.add_parser("mutants", help="mutation testing of the exercises' reference functions")
+    command.add_argument("names", nargs="*", metavar="NAME", help="chapters, such as routing; all if none is given")
+    command.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each function")
+    command.add_argument("--limit", type=float, default=60, metavar="SECONDS", help="for each mutant; default: 60")
+    command.set_defaults(run=run_mutants)
 
 
 def add_grade(commands) -> None:

@@ -76,11 +76,12 @@ def mutants(source: str, function: str) -> list[Mutant]:
         raise ValueError("mutants needs mutmut: python -m pip install -e .[dev]") from None
     module: Any = libcst.parse_module(source)
     found: dict[str, Mutant] = {}
+    same = ast.dump(ast.parse(source))
     for node in changeable(module.body[0]):
         for kind, operator in mutation_operators:
             for changed in operator(node) if isinstance(node, kind) else ():
                 text = module.deep_replace(node, changed).code
-                if text not in found and _differs(text, source):
+                if text not in found and _differs(text, same):
                     found[text] = Mutant(function, *_lines(source, text), text)
     return list(found.values())
 
@@ -96,10 +97,10 @@ def changeable(node: Any) -> Iterator[Any]:
         yield from changeable(child)
 
 
-def _differs(text: str, source: str) -> bool:
-    """Whether a mutant is Python, and other Python than the source; None is what NumPy calls float64, too."""
+def _differs(text: str, same: str) -> bool:
+    """Whether a mutant is Python, and not the tree `same` of its source; None is what NumPy calls float64, too."""
     try:
-        return ast.dump(ast.parse(text.replace("astype(None)", "astype(np.float64)"))) != ast.dump(ast.parse(source))
+        return ast.dump(ast.parse(text.replace("astype(None)", "astype(np.float64)"))) != same
     except SyntaxError:
         return False
 
@@ -178,15 +179,6 @@ def write(scores: dict[str, Score]) -> None:
     kept = {name: asdict(score) for name, score in sorted((read() | scores).items())}
     with replace_file(KEPT) as temporary:
         temporary.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def add_command(commands) -> None:
-    """Add `mutants` to the subparsers of `python -m chapters`."""
-    command = commands.add_parser("mutants", help="mutation testing of the exercises' reference functions")
-    command.add_argument("names", nargs="*", metavar="NAME", help="chapters, such as routing; all if none is given")
-    command.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each function")
-    command.add_argument("--limit", type=float, default=60, metavar="SECONDS", help="for each mutant; default: 60")
-    command.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
