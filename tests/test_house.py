@@ -54,7 +54,7 @@ BUILT_ON: dict[str, set[str]] = {
         *(f"chapters.pruning.wanda.{name}" for name in ("find_mask", "prune_model")),
         *(
             f"chapters.quantization.gptq.{name}"
-            for name in ("find_grid", "hessians", "inverse_factor", "quantize", "stages")
+            for name in ("checked_hessian", "find_grid", "hessians", "inverse_factor", "quantize", "stages")
         ),
         *(f"chapters.quantization.weight_only.{name}" for name in ("checked", "dequantize")),
         "chapters.sparsity.n_m.n_m_mask",

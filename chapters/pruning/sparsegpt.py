@@ -47,7 +47,7 @@ from chapters.pruning.magnitude import keep_largest
 from chapters.pruning.magnitude import prune_model as prune_by_magnitude
 from chapters.pruning.wanda import find_mask
 from chapters.pruning.wanda import prune_model as prune_by_wanda
-from chapters.quantization.gptq import find_grid, hessians, inverse_factor, quantize, stages
+from chapters.quantization.gptq import checked_hessian, find_grid, hessians, inverse_factor, quantize, stages
 from chapters.quantization.weight_only import checked, dequantize
 from chapters.shared.pruned_layers import add_options, checked_sparsity, dropped, nonzero_masks, prune_each, report
 from chapters.sparsity.n_m import n_m_mask
@@ -117,14 +117,10 @@ def obs(weight: np.ndarray, hessian: np.ndarray, sparsity: float, damping: float
 
 def prepared(weight: np.ndarray, hessian: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
     """Float64 weight, dead columns 0, and U of the damped Hessian; errors as in `sparsegpt`. Arguments stay."""
-    weight, hessian = checked(weight, 8, None)[0], np.array(hessian, dtype=np.float64)
-    columns = weight.shape[1]
+    weight = checked(weight, 8, None)[0]
     if not 0 <= damping < np.inf:
         raise ValueError(f"damping must be at least 0 and finite, got {damping}")
-    if hessian.shape != (columns, columns) or not np.isfinite(hessian).all():
-        raise ValueError(f"hessian must be finite, [in, in] = {(columns, columns)}; got shape {hessian.shape}")
-    if np.abs(hessian - hessian.T).max() > 1e-4 * np.abs(hessian).max():
-        raise ValueError("hessian must be symmetric")
+    hessian = checked_hessian(hessian, weight.shape[1], damping, 1)
     dead = np.diag(hessian) == 0
     hessian[dead, dead] = 1
     return np.where(dead, 0, weight), inverse_factor(hessian, damping)

@@ -128,7 +128,7 @@ def inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
         raise ValueError(f"hessian is not positive definite with damping={damping}; raise it, use more text") from None
 
 
-def _checked_hessian(hessian: np.ndarray, columns: int, damping: float, block_size: int) -> np.ndarray:
+def checked_hessian(hessian: np.ndarray, columns: int, damping: float, block_size: int) -> np.ndarray:
     """A float64 copy of hessian; ValueError unless it is finite, symmetric, [columns, columns], the rest in range."""
     hessian = np.array(hessian, dtype=np.float64)
     if not 0 <= damping < np.inf or block_size < 1:
@@ -162,7 +162,7 @@ def gptq(
     damped. Source: gptq.py, fasterquant.
     """
     weight, size = checked(weight, bits, group_size)
-    hessian = _checked_hessian(hessian, weight.shape[1], damping, block_size)
+    hessian = checked_hessian(hessian, weight.shape[1], damping, block_size)
     dead = np.diag(hessian) == 0
     hessian[dead, dead] = 1
     rest, columns = np.where(dead, 0, weight), np.arange(weight.shape[1])
@@ -199,7 +199,7 @@ def obq(
     singular H, to whose diagonal the release adds 1, is refused. Source: trueobs.py, quantize.
     """
     w, _ = checked(weight, bits, None)
-    hessian = _checked_hessian(hessian, w.shape[1], damping, 1)
+    hessian = checked_hessian(hessian, w.shape[1], damping, 1)
     dead, row, left = np.diag(hessian) == 0, np.arange(len(w)), np.ones(w.shape, bool)
     hessian[dead, dead], w[:, dead] = 1, 0
     upper, codes = inverse_factor(hessian, damping), np.empty(w.shape, np.uint8)
