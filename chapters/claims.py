@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+class NotMeasurable(ValueError):
+    """The given text or model lacks what a claim measures: nothing is wrong with the chapter."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """A finding, measured.
@@ -69,7 +73,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Result:
-    """One chapter's claim as it was run: either `claim` or `error` (one line) is None; `picture` is PNG."""
+    """One chapter's claim as it was run: either `claim` or `error` (one line) is None; `picture` is PNG.
+
+    traceback is empty unless the chapter failed.
+    """
 
     entry: Entry
     claim: Claim | None
@@ -80,9 +87,9 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """One of "reproduced", "not reproduced" and, where the chapter raised, "failed"."""
+        """One of "reproduced", "not reproduced", "not measured" on this text and, where it raised, "failed"."""
         if self.claim is None:
-            return "failed"
+            return "failed" if self.traceback else "not measured"
         return "reproduced" if self.claim.holds else "not reproduced"
 
 
@@ -99,6 +106,8 @@ def run_claim(entry: Entry, lab: Lab) -> Result:
         if not isinstance(claim, Claim):
             raise TypeError(f"chapters.{entry.dotted}.claim must return a Claim, got {type(claim).__name__}")
         picture = save_png_bytes(claim.figure) if claim.figure else None
+    except NotMeasurable as error:
+        return Result(entry, None, time.perf_counter() - start, str(error))
     except Exception as error:
         return Result(entry, None, time.perf_counter() - start, reason(error), traceback.format_exc())
     return Result(entry, claim, time.perf_counter() - start, picture=picture)

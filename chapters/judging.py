@@ -29,7 +29,10 @@ from rich.progress import track
 from chapters.examiner import Task, examine
 from chapters.workbook import ROOT, Exercise
 
-PRELOADED = ["torch.testing", "triton", "hypothesis.extra.numpy", "pytest", "matplotlib.figure", "safetensors.torch"]
+PRELOADED = [
+    "torch.testing", "triton", "hypothesis.extra.numpy", "hypothesis.extra._patching", "pytest", "matplotlib.figure",
+    "safetensors.torch",
+]  # fmt: skip
 WORKERS = 2
 
 

@@ -23,7 +23,7 @@ from chapters.figures import RESOLUTION, alt_text, save_png_bytes
 from chapters.lab import Lab
 from minitfm.checkpoint import replace_file
 
-MARKS = {"reproduced": "✓", "not reproduced": "✗", "failed": "!", "not run": "–"}
+MARKS = {"reproduced": "✓", "not reproduced": "✗", "not measured": "○", "failed": "!", "not run": "–"}
 INCH = 100  # pixels of the page: all figures' text has one size
 TRAINING = {"steps": "training steps", "seconds": "training seconds", "command": "trained by"}  # of training.json
 
@@ -82,7 +82,7 @@ def headline(chapters: Sequence[dict]) -> str:
     verdicts = [chapter["verdict"] for chapter in chapters]
     total = len(verdicts)
     text = f"{verdicts.count('reproduced')} of {total} claim{'s' if total != 1 else ''} reproduced"
-    others = [f"{verdicts.count(kind)} {kind}" for kind in ("not reproduced", "failed", "not run") if kind in verdicts]
+    others = [f"{verdicts.count(kind)} {kind}" for kind in list(MARKS)[1:] if kind in verdicts]
     return ", ".join([text, *others])
 
 
@@ -92,7 +92,8 @@ def explanation(lab: Lab) -> str:
     return (
         "Each technique's best-known finding, measured on a small transformer "
         f"({budget}: {len(lab.seeds)} seed{'s' if len(lab.seeds) > 1 else ''}, "
-        f"{lab.validation.numel():,} measured tokens). “Not reproduced” means that the effect does not show here."
+        f"{lab.validation.numel():,} measured tokens). “Not reproduced” means that the effect does not show here, "
+        "“not measured” that this text lacks what would have to be measured."
     )
 
 

@@ -23,7 +23,7 @@ from chapters.claims import Result, recorded, require_writable, run_claim
 from chapters.contents import Entry
 from chapters.lab import Lab
 
-COLOURS = {"reproduced": "green", "not reproduced": "yellow", "failed": "red"}
+COLOURS = {"reproduced": "green", "not reproduced": "yellow", "not measured": "yellow", "failed": "red"}
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
@@ -69,7 +69,7 @@ def tour(entries: Sequence[Entry], lab: Lab, folder: Path, console: Console) -> 
     console.print(f"{report.headline(report.sections(results, entries))}. Report: {page}", soft_wrap=True)
     if len(results) < len(entries):
         return INTERRUPTED
-    return int(any(result.claim is None for result in results))
+    return int(any(result.verdict == "failed" for result in results))
 
 
 def run_all(

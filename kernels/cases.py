@@ -26,8 +26,9 @@ class Case:
     run              the kernel's wrapper, or its backward
     expected         the same result by plain torch operators; `bench` compares before it times
     bytes            moved to and from memory at the least, and `operations` done (2 per multiply-add)
-    kind             "matrix": must use tensor cores; "stream": must load 128 bits at a time; "other": neither
+    kind             "matrix": must use tensor cores; "stream": must load and store 128 bits at a time; "other": neither
                      (`check` says to which kernels of a case with several launches this applies)
+    narrow_stores    why a kernel of a "stream" case stores less than 128 bits at a time; static.md quotes it
     rate             which matrix ceiling the operations count against
     tolerance        largest norm of the difference from `expected` over the norm of `expected`; integers are exact
     peers            what torch offers for the same job, timed in the same run
@@ -46,6 +47,7 @@ class Case:
     operations: int
     kind: Literal["matrix", "stream", "other"]
     rate: Literal["bf16", "int8"] = "bf16"
+    narrow_stores: str = ""
     tolerance: float = 1e-2
     peers: dict[str, Callable] = field(default_factory=dict)
     prepare: dict[str, Callable[..., tuple]] = field(default_factory=dict)

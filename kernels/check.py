@@ -11,7 +11,9 @@ Gates, each on the machine code that a launch would run:
   below 64 rows do not exist; mma.sync reaches about two thirds of their rate;
 - "matrix" cases: no wgmma waits for the one before it, of which the assembler warns (C75xx) and Triton says nothing;
 - "stream" cases: each kernel that carries weight loads 128 bits at a time. A kernel carries weight if its tensor
-  arguments hold at least a tenth of the bytes of the case's largest launch: the reduction after a split may be small.
+  arguments hold at least a tenth of the bytes of the case's largest launch: the reduction after a split may be small;
+- "stream" cases: each kernel whose outputs hold more than that tenth stores 128 bits at a time, unless the case says
+  why not. An output is a tensor that the wrapper made and no earlier launch took.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ class Row:
     launches: int = 0
     warps: int = 0
     argument_bytes: int = 0
+    made_bytes: int = 0
+    narrow_stores: str = ""
     uses_dot: bool = False
     dot_rows: int = 0
     registers: int = 0
@@ -85,9 +89,11 @@ def check_case(technique: str, case: Case, arch: int) -> list[Row]:
     from kernels.compiled import recorded_launches
 
     row = Row(technique, case.name, arch, case.kind, floor_seconds={g: floor_seconds(case, c) for g, c in GPUS.items()})
+    row.narrow_stores = case.narrow_stores
     try:
-        with recorded_launches(arch) as launches, contextlib.redirect_stdout(io.StringIO()):
-            case.run(*case.inputs(torch.device("cpu")))
+        inputs = case.inputs(torch.device("cpu"))
+        with recorded_launches(arch, inputs) as launches, contextlib.redirect_stdout(io.StringIO()):
+            case.run(*inputs)
         rows = [_compiled_row(row, launch) for launch in launches]
     except Exception as error:
         row.failures.append(_explain(error))
@@ -115,6 +121,7 @@ def _compiled_row(row: Row, launch: Any) -> Row:
         launches=launch.count,
         warps=metadata.num_warps,
         argument_bytes=launch.argument_bytes,
+        made_bytes=launch.made_bytes,
         uses_dot="tt.dot" in launch.kernel.asm["ttir"],
         dot_rows=dot_rows(launch.kernel.asm["ttir"]),
         shared_bytes=metadata.shared,
@@ -151,6 +158,10 @@ def judge(rows: list[Row]) -> None:
         for row in rows:
             if row.argument_bytes >= heaviest / 10 and row.load_bits < 128:
                 row.failures.append(f"a streaming kernel whose widest global load has {row.load_bits} bits, not 128")
+            if row.made_bytes > heaviest / 10 and row.store_bits < 128 and not row.narrow_stores:
+                row.failures.append(f"a streaming kernel whose widest global store has {row.store_bits} bits, not 128")
+        if rows[0].narrow_stores and all(row.store_bits >= 128 for row in rows):
+            rows[0].failures.append(f"the case explains narrow stores, but has none: {rows[0].narrow_stores}")
 
 
 def _resource_failures(row: Row) -> list[str]:
@@ -261,6 +272,7 @@ def tables(rows: list[Row]) -> list[Table]:
         floors = ", ".join(f"{gpu} {time}" for gpu, time in times.items())
         title = f"{technique}: {case} ({group[0].kind}; floor in µs: {floors}{measured(technique, case)})"
         title = title if case else technique
+        title += f"; stores below 128 bits: {group[0].narrow_stores}" * bool(group[0].narrow_stores)
         failed = {number for number, row in enumerate(group) if row.failures}
         found.append(Table(title, COLUMNS, [cells(row) for row in group], failed))
     return found

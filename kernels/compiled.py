@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import guard
+from kernels.timing import tensors
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 TENSOR_CORE = re.compile(r"[HIQDOB]G?MMA|UTC\w*MMA")
@@ -83,32 +83,43 @@ class AbsentGPU(DriverBase):
 
 @dataclass
 class Launch:
-    """One kernel that a wrapper launched: Triton's compiled kernel, its grid and the bytes of its tensor arguments."""
+    """One kernel that a wrapper launched: Triton's compiled kernel, its grid and the bytes of its tensor arguments.
+
+    made_bytes are those of tensors that the wrapper made and no earlier launch took: outputs, and parts of outputs.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     argument_bytes: int
+    made_bytes: int
     count: int = 1
 
 
 @contextlib.contextmanager
-def recorded_launches(arch: int) -> Iterator[list[Launch]]:
-    """Within it, launches are compiled for `arch` and recorded, a kernel launched again counted; nothing runs."""
+def recorded_launches(arch: int, inputs: Iterable[Any] = ()) -> Iterator[list[Launch]]:
+    """Within it, launches are compiled for `arch` and recorded, a kernel launched again counted; nothing runs.
+
+    inputs: what the wrapper is called with; it made all other tensors itself.
+    """
     if guard.interpreting():
         raise RuntimeError("kernels cannot be compiled in a process with TRITON_INTERPRET=1")
     launches: list[Launch] = []
+    known = {tensor.untyped_storage().data_ptr(): tensor for tensor in _tensors(inputs)}
     compile_or_launch = JITFunction.run
 
     def compile_and_record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel: Any = compile_or_launch(self, *args, grid=grid, warmup=True, **kwargs)
+        bound = self.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
+        bound.apply_defaults()
+        taken = _tensors(bound.arguments.values())
+        made = [tensor for tensor in taken if tensor.untyped_storage().data_ptr() not in known]
+        known.update({tensor.untyped_storage().data_ptr(): tensor for tensor in made})  # held: no address comes again
         for launch in launches:
             if launch.kernel.metadata.hash == kernel.metadata.hash:
                 launch.count += 1
                 return kernel
-        bound = self.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
-        bound.apply_defaults()
         sizes: Any = grid(bound.arguments) if callable(grid) else grid
-        launches.append(Launch(kernel, tuple(sizes), _argument_bytes(bound)))
+        launches.append(Launch(kernel, tuple(sizes), _bytes(taken), _bytes(made)))
         return kernel
 
     driver.set_active(AbsentGPU(arch))
@@ -116,11 +127,15 @@ def recorded_launches(arch: int) -> Iterator[list[Launch]]:
         yield launches
 
 
-def _argument_bytes(bound: inspect.BoundArguments) -> int:
-    """Bytes of the distinct tensors among a launch's arguments; a tensor descriptor counts as its tensor."""
-    tensors = [getattr(argument, "base", argument) for argument in bound.arguments.values()]
-    distinct = {tensor.data_ptr(): tensor for tensor in tensors if isinstance(tensor, Tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    """The distinct tensors among arguments; a tensor descriptor counts as its tensor."""
+    found = tensors([getattr(argument, "base", argument) for argument in arguments])
+    return [*{tensor.data_ptr(): tensor for tensor in found}.values()]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """What they hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def compiler_version(arch: int) -> str:

@@ -9,9 +9,10 @@
 # %% [markdown]
 # # Bring your own model
 #
-# What the chapters do to the book's model, done to yours: GPTQ, SmoothQuant and 2:4 sparsity, the same measurements
-# and the same figures. A model of yours may be large. So its weights stay in 16 bits, as they were stored, and only one
-# block at a time is computed in float32; what is compressed replaces what it was made from.
+# What the chapters do to the book's model, done to yours: GPTQ (weights in 4 and 3 bits), SmoothQuant (weights and
+# activations in 8) and 2:4 sparsity (half of the weights gone), the same measurements and the same figures. A model of
+# yours may be large. So its weights stay in 16 bits, as they were stored, and only one block at a time is computed in
+# float32; what is compressed replaces what it was made from.
 
 # %%
 import shutil
@@ -74,7 +75,9 @@ assert blockwise.bits_per_weight(model) == 8 * stored.itemsize
 
 # %% [markdown]
 # Text to calibrate on, and text to measure on from other documents: 64 sequences of 128 tokens, as in the chapters,
-# or of the model's context if that is shorter. The assertion says whether the model knows such text at all.
+# or of the model's context if that is shorter. Perplexity counts the tokens between which the model is undecided, on
+# average; for one that knows nothing it is the size of the vocabulary. The assertion says whether this model knows such
+# text at all.
 
 # %%
 train, held_out = library_streams(tokenizer) if TEXT is None else encode_halves(tokenizer, Path(TEXT))
@@ -114,8 +117,9 @@ def try_out(technique: str, setting: str, change: blockwise.Change, folder: Path
 # %% [markdown]
 # ## GPTQ, 4 and 3 bits
 #
-# Rounds column by column and lets later columns repair the error. Codes are packed, 32 columns share a grid; for a
-# wide model 128 are usual.
+# Rounds column by column and lets later columns repair the error. Codes are packed, 32 columns share a grid (a scale
+# and a zero point: they are why more than 4 bits are counted below); for a wide model 128 are usual. From 16 bits to 4,
+# twelve are lost, and from 4 to 3 one. Which step do you expect to cost more?
 
 
 # %%
@@ -163,10 +167,11 @@ def spread_of(largest: torch.Tensor) -> float:
 
 
 most = int(np.argmax([spread_of(rough) for rough, _ in maxima]))
-drawn, axes = figure(height=2.8)
+drawn, axes = figure(height=3.2)
 for values, words, role in zip(maxima[most], ("as loaded", "smoothed"), ("baseline", "method"), strict=True):
     axes.plot(sorted((values / values.median()).tolist()), **series(role) | {"marker": ""}, label=words)
-axes.set(xlabel=f"channel of block {most}, sorted", ylabel="largest |input|, median = 1", yscale="log")
+axes.set(xlabel=f"channel of block {most}, sorted", ylabel="largest |input| / median", yscale="log")
+axes.set(title="what reaches the block's attention")
 legend(axes)
 drawn
 
@@ -181,7 +186,8 @@ assert spread_of(even) < spread_of(rough) and points[-1].perplexity < 1.05 * bef
 # ## 2:4, by Wanda's score
 #
 # Of four neighbours the two stay whose size times the norm of their input is largest. Values stay in 16 bits, and two
-# bits say where each of them stands: 9 bits for a weight.
+# bits say where each of them stands: 9 bits for a weight. That is about twice as many as GPTQ took. Nearer to the
+# model as loaded, or further away?
 
 
 # %%
@@ -221,7 +227,7 @@ limit = float(errors["2:4"][:24, :24].abs().max()) / 2
 drawn, axes = panels(3, width=9.6, height=2.6)
 for place, (words, error) in zip(axes, errors.items(), strict=True):
     heatmap(place, error[:24, :24].numpy(), "weight error", limit=limit)
-    place.set(title=words, xlabel="input", ylabel="output")
+    place.set(title=f"{words}: what changed", xlabel="input", ylabel="output")
 drawn
 
 # %% [markdown]
@@ -270,7 +276,7 @@ ways["block by block"] += "blockwise.compress(model, tokens, lambda block, at: g
 growth = {way: resident_growth(imports, code) for way, code in ways.items()}
 
 # %% [markdown]
-# Block by block it stays below two and a half times the checkpoint. What GPTQ's Hessians take, about 110 bytes times
+# Block by block it stays below two and a half times the checkpoint. What GPTQ's Hessians take, about 55 bytes times
 # the square of the feed-forward width, is in it: little for a model of many blocks, and more than all else for a wide
 # one of few. SmoothQuant and 2:4 need no such matrix.
 

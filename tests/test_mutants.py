@@ -87,8 +87,8 @@ def test_a_score_is_of_the_files_that_were_measured(book, tmp_path, monkeypatch)
 
 
 def test_named_mutants_have_reasons(tmp_path):
-    for function, change in mutants.equivalents():
-        assert function in {each.function for each in exercises()} and change
+    functions = {each.function for each in exercises()}
+    assert all(function in functions and change for function, change in mutants.equivalents())
     (tmp_path / "tests" / "wrong").mkdir(parents=True)
     (tmp_path / mutants.EQUIVALENT).write_text('[[mutant]]\nfunction = "f"\nchange = "x"\n')
     with pytest.raises(ValueError, match="entry 1 must have function, change and because"):

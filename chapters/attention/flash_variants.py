@@ -107,11 +107,10 @@ def modified_scores(
     scores: x − m |distance|. Then −inf where distance is below −left or above right, each 0 or more, perhaps inf. None
     leaves a step out. Same dtype as scores, which stay as they are. Source: flash-attn, `attention_ref`.
     """
-    if softcap is not None:
-        scores = softcap * np.tanh(scores / softcap)
+    modified = scores if softcap is None else softcap * np.tanh(scores / softcap)
     if slopes is not None:
-        scores = scores - slopes * np.abs(distance).astype(scores.dtype)
-    return np.where((-left <= distance) & (distance <= right), scores, -np.inf).astype(scores.dtype)
+        modified = modified - slopes * np.abs(distance).astype(scores.dtype)
+    return np.where((-left <= distance) & (distance <= right), modified, -np.inf).astype(scores.dtype)
 
 
 def attention(

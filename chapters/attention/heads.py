@@ -60,9 +60,9 @@ def grouped_attention(
     """softmax(scale q kᵀ) v `[B, H, T, D]`, where query head h reads key/value head h // (H / Hkv).
 
     q `[B, H, T, D]`; k, v `[B, Hkv, S, D]`; Hkv = H is MHA, 1 is MQA. causal: query i sees the keys j <= i + S − T, as
-    T new tokens after S − T cached ones do. scale: 1 / √D if None. Finite however large the scores. Raises ValueError
-    for an Hkv that does not divide H, for shapes that do not fit, and for S < T where causal.
-    Source: Shazeer 2019, section 2.4; Ainslie et al. 2023, section 2.2.
+    T new tokens after S − T cached ones do. scale: 1 / √D if None. Finite however large the scores of each row; float32
+    stays float32, arguments stay as they are. Raises ValueError for an Hkv that does not divide H, for shapes that do
+    not fit, no key, and S < T where causal. Source: Shazeer 2019, section 2.4; Ainslie et al. 2023, section 2.2.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"need q [B, H, T, D], k and v [B, Hkv, S, D]; got {q.shape}, {k.shape} and {v.shape}")
@@ -105,8 +105,9 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, layout: str = "half"
     """Turn each pair (a, b) of channels of x by its angle: (a cos − b sin, b cos + a sin), put back where it was.
 
     x `[..., D]`; cos, sin `[..., D / 2]`, whose pair i belongs to the channels (i, i + D/2) for the layout "half" and
-    (2i, 2i + 1) for "interleaved"; their leading axes broadcast against those of x. A new array, x stays as it is.
-    Raises ValueError for another layout, an odd D, and tables whose last axis is not D / 2. Source: RoFormer, 3.4.2.
+    (2i, 2i + 1) for "interleaved"; their leading axes broadcast against those of x. A new array, of the products'
+    dtype; x stays as it is. Raises ValueError for another layout, an odd D, and tables whose last axis is not D / 2.
+    Source: RoFormer, 3.4.2.
     """
     half = x.shape[-1] // 2
     if layout not in LAYOUTS:
@@ -133,15 +134,15 @@ def pool_heads(weight: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
     """Merge the heads of a key or value projection: weight `[heads D, C]` -> `[kv_heads D, C]`, same dtype.
 
     New head g is the mean of the heads g n .. (g + 1) n − 1, n = heads / kv_heads: those that its query heads read.
-    Channel d of a head is averaged with channel d of the others only. Raises ValueError for a kv_heads that does not
-    divide heads, heads that do not divide the rows, and weights that are not a finite matrix.
+    Channel d of a head is averaged with channel d of the others only, in float64. Raises ValueError for a kv_heads that
+    does not divide heads, heads that do not divide the rows, and weights that are not a finite matrix.
     Source: Ainslie et al. 2023, section 2.1.
     """
     group = heads_per_group(heads, kv_heads)
     kind = "finite" if np.isfinite(weight).all() else "not finite"
     if weight.ndim != 2 or weight.shape[0] % heads or kind != "finite":
         raise ValueError(f"weight must be finite, [{heads} · D, C]; got {weight.shape}, {kind}")
-    parts = weight.reshape(kv_heads, group, -1, weight.shape[1])  # [kv_heads, group, D, C]
+    parts = weight.reshape(kv_heads, group, -1)  # [kv_heads, group, D C]
     return parts.mean(axis=1, dtype=np.float64).reshape(-1, weight.shape[1]).astype(weight.dtype)
 
 
@@ -173,7 +174,7 @@ def rope_append(
     qkv `[B T, (H + 2 Hkv) D]`: row b T + t is new token t of sequence b; its columns are H heads of q, Hkv of k, Hkv of
     v. That token stands at position positions[b] + t: its k and v go there in the caches `[B, Hkv, capacity, D]`, and
     row positions[b] + t of the tables cos, sin `[>= capacity, D / 2]` turns its q and k, not its v (see `rotate`).
-    positions int64 `[B]`, one for each sequence. Nothing else in the caches changes, and q is no view of qkv.
+    positions int64 `[B]`, one for each sequence. Nothing else changes, and q is no view of qkv.
     Raises ValueError, before anything is stored, for shapes that do not fit, an Hkv that does not divide H, another
     layout, and positions that are not int64 or lie outside the cache.
     """

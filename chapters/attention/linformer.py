@@ -152,7 +152,7 @@ def blockwise_attention(
     (T, S), (slots, block) = (q.shape[2], k.shape[2]), e.shape[-2:]
     position, key = np.arange(S - T, S)[:, None], np.arange(S)
     own = (key // block == position // block) & (key <= position)
-    finished = np.arange(S // block * slots) // slots < position // block
+    finished = np.arange(S // block * slots) < position // block * slots
     queries, keys, values = group_heads(
         q, np.concatenate((block_slots(k, e), k), axis=2), np.concatenate((block_slots(v, f), v), axis=2)
     )
@@ -165,8 +165,8 @@ def blockwise_attention(
 def rank_share(weights: np.ndarray, rank: int) -> np.ndarray:
     """`[...]`: the sum of the `rank` largest singular values of each matrix `[..., T, S]` over the sum of all of them.
 
-    1 for a matrix of that rank; for zeros, too. Raises ValueError for a rank below 1 or above min(T, S), fewer than
-    two axes, and numbers that are not finite. Source: Linformer, figure 1.
+    1 for a matrix of that rank; for zeros, too, without a warning. Raises ValueError for a rank below 1 or above
+    min(T, S), fewer than two axes, and numbers that are not finite. Source: Linformer, figure 1.
     """
     if weights.ndim < 2 or not 1 <= rank <= min(weights.shape[-2:]):
         raise ValueError(f"rank must be from 1 to the smaller side of [..., T, S], got {rank} for {weights.shape}")

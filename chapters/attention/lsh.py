@@ -50,8 +50,8 @@ def hash_buckets(qk: np.ndarray, rotations: np.ndarray) -> np.ndarray:
 
     qk `[..., T, D]`, of any length: only directions count. rotations `[D, R, n/2]`, or with leading axes that broadcast
     with those of qk. With y = qk rotations of one round, `[..., T, n/2]`, the bucket is the index of the largest of the
-    n numbers [y; −y], the first of equals. Raises ValueError if the shapes do not fit, one of the two is empty or qk is
-    not finite. Source: Reformer, section 2.
+    n numbers [y; −y], the first of equals. Arguments stay as they are. Raises ValueError if the shapes do not fit, one
+    of the two is empty or qk is not finite. Source: Reformer, section 2.
     """
     if qk.ndim < 2 or rotations.ndim < 3 or rotations.shape[-3] != qk.shape[-1] or 0 in (*qk.shape, *rotations.shape):
         raise ValueError(f"qk must be [..., T, D] and rotations [..., D, R, n/2], got {qk.shape} and {rotations.shape}")

@@ -73,12 +73,10 @@ def fork_sequence(manager: BlockManager, parent: int, child: int, length: int | 
     are lists of their own. Raises ValueError for an unknown parent, a child that exists, and a length that is not from
     1 to the parent's: then nothing changes. Source: section 4.4.
     """
-    length = manager.lengths.get(parent, 0) if length is None else length
-    if child in manager.tables or not 1 <= length <= manager.lengths.get(parent, 0):
-        raise ValueError(
-            f"need a new child and 1 .. {manager.lengths.get(parent, 0)} positions of parent {parent}, got {child}, "
-            f"{length}"
-        )
+    held = manager.lengths.get(parent, 0)
+    length = held if length is None else length
+    if child in manager.tables or not 1 <= length <= held:
+        raise ValueError(f"need a new child and 1 .. {held} positions of parent {parent}, got {child}, {length}")
     manager.tables[child] = manager.tables[parent][: manager.blocks_for(length)]
     manager.lengths[child] = length
     for block in manager.tables[child]:
@@ -194,9 +192,9 @@ def paged_attention(
     the last position may hold anything and are not read. The queries of sequence n are the next new[n] rows of q, its
     newest positions in order, each of which sees those up to itself: 1 decodes (all, for None), lengths[n] prefills,
     and both may stand in one call. Query head h reads head h // (H / Hkv); scale is 1 / √D if None. All is computed in
-    float64. Raises ValueError if shapes do not fit, a length is below 1 or over the table, new[n] is not from 1 to
-    lengths[n], the rows of q are not as many as all new, or a block id that is to be read is not one.
-    Source: section 4.1, equation 4; mixed passes as in vLLM.
+    float64, arguments stay as they are. Raises ValueError if shapes do not fit, a length is below 1 or over the table,
+    new[n] is not from 1 to lengths[n], the rows of q are not as many as all new, or a block id that is to be read is
+    not one. Source: section 4.1, equation 4; mixed passes as in vLLM.
     """
     new = np.ones(len(lengths), int) if new is None else new
     require_fitting(q, keys, values, tables, lengths, new)

@@ -80,12 +80,12 @@ def factor(beta: float, convention: str) -> float:
 
 
 def mixture_terms(log_a: np.ndarray, log_b: np.ndarray, weight: float, rest: float) -> np.ndarray:
-    """a log(a / m) / w for m = r a + w b, entry by entry; at w = 0 the limit of that, a − b. float64.
+    """a log(a / m) / w for m = r a + w b, entry by entry; at w = 0 the limit of that, a − b.
 
-    log_a, log_b: logarithms, at most 0, of two arrays a and b of one shape. The weight w is 0, or from 1e-16 to 1; the
-    rest r is 1 − w, given because 1 less a tiny r is a rounded w. At w = 1 this is a log(a / b). It is exact for a tiny
-    w, too: log(a / m) is then about w, and must not be the difference of two logarithms. Any log_b − log_a will do, as
-    ±1e5, where a or b is 0 as a number. Nothing is NaN or infinite, no warning is raised, no argument is changed.
+    log_a, log_b: float64 logarithms, at most 0, of arrays a and b of one shape. The weight w is 0, or from 1e-16 to 1;
+    the rest r is 1 − w, given because 1 less a tiny r is a rounded w. At w = 1 this is a log(a / b). It is exact for a
+    tiny w, too: log(a / m) is then about w, and must not be the difference of two logarithms. Any log_b − log_a will
+    do, as ±1e5, where a or b is 0 as a number. Nothing is NaN or infinite, no warning is raised, no argument changed.
     With q the student, p the teacher: D_β = Σ mixture_terms(log q, log p, β, 1 − β) + Σ mixture_terms(log p, log q,
     1 − β, β).
     Source: Agarwal et al. 2023, section 2, with both limits taken.

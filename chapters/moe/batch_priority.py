@@ -91,18 +91,19 @@ def route(
 def importance_loss(p: np.ndarray, correction: int = 0) -> float:
     """Variance over the experts of Σ_t p[t, e], over the square of its mean; p `[tokens, experts]`.
 
-    It is 0 for even gates. The variance divides by experts - correction: 0 is V-MoE's, 1 Tutel's.
+    It is 0 for even gates, and where all are 0; any unit of p gives the same. Computed in float64.
+    The variance divides by experts - correction: 0 is V-MoE's, 1 Tutel's.
     Raises ValueError unless p is a finite, non-empty matrix with more experts than `correction`.
     """
     if p.ndim != 2 or p.size == 0 or p.shape[1] <= correction or not np.isfinite(p).all():
         raise ValueError(f"p must be finite, of tokens and more than {correction} experts, got shape {p.shape}")
-    return spread(p.sum(axis=0), correction)
+    return spread(p.sum(axis=0, dtype=np.float64), correction)
 
 
 def spread(amount: np.ndarray, correction: int) -> float:
     """The squared coefficient of variation; 0 where all is 0."""
     mean = amount.mean()
-    return float(amount.var(ddof=correction) / mean**2) if mean else 0.0
+    return float((amount / mean).var(ddof=correction)) if mean else 0.0  # the square of a tiny mean would be 0
 
 
 def load_loss(logits: np.ndarray, noisy: np.ndarray, k: int, std: float, correction: int = 0) -> float:
@@ -111,6 +112,7 @@ def load_loss(logits: np.ndarray, noisy: np.ndarray, k: int, std: float, correct
     logits and noisy `[tokens, experts]`, without and with the noise that chose, normal with standard deviation `std`.
     With new noise on logits[t, e] alone, e is among the k chosen if it passes the k-th largest of noisy[t]: with
     probability 1 - Φ((that - logits[t, e]) / std). Their sum over the tokens is the load. 0 where all of it is 0.
+    Computed in float64. No argument is changed.
     Raises ValueError unless logits and noisy are finite, non-empty matrices of one shape with more experts than
     `correction`, 1 <= k <= experts, and std is positive and finite. Source: V-MoE, appendix A.2.
     """

@@ -56,8 +56,8 @@ def permute(expert: np.ndarray, kept: np.ndarray, experts: int) -> tuple[np.ndar
         raise ValueError(f"expert and kept must both be [tokens, k], got shapes {expert.shape} and {kept.shape}")
     if experts < 1 or (expert.size and not 0 <= expert.min() <= expert.max() < experts):
         raise ValueError(f"expert must be in range(experts), at least 1, got experts={experts} and {np.unique(expert)}")
-    group = np.where(kept, expert, experts).ravel()
-    runs = np.bincount(group, minlength=experts + 1)[:experts]
+    group = np.where(kept, expert.astype(np.int64), experts).ravel()  # int8 has no 128
+    runs = np.bincount(group, minlength=experts)[:experts]
     offsets = np.concatenate(([0], np.cumsum(runs)))
     return np.argsort(group, kind="stable"), offsets.astype(np.int64)
 

@@ -94,10 +94,11 @@ def mix_backward(
     expert = np.concatenate((rows, np.zeros_like(rows, shape=(1, rows.shape[1]))))[source]
     with_expert, with_mlp = (dy * expert).sum(axis=1), (dy * mlp).sum(axis=1)
     pull = c[:, 0] * c[:, 1] * (gate * with_expert - with_mlp)  # on logit 0; logit 1 is pulled the other way
-    logits = np.stack((pull, -pull), axis=1)
-    drows = np.zeros_like(rows, dtype=np.result_type(rows, c, dy))
+    logits = np.stack((pull, -pull), axis=1)  # of the widest dtype, as everything goes into it
+    drows = np.zeros_like(rows, dtype=logits.dtype)
     drows[source[taken]] = (c[:, :1] * gate[:, None] * dy)[taken]
-    return Gradients(logits @ weight, logits.T @ x, logits.sum(axis=0), drows, c[:, 0] * with_expert, c[:, 1:] * dy)
+    parts = logits @ weight, logits.T @ x, logits.sum(axis=0), drows, c[:, 0] * with_expert, c[:, 1:] * dy
+    return Gradients(*(part.astype(logits.dtype) for part in parts))
 
 
 def require_fit(

@@ -56,8 +56,8 @@ def select(logits: np.ndarray, task: int, k: int) -> tuple[np.ndarray, np.ndarra
     Raises ValueError unless logits are a finite, non-empty matrix, for a task outside range(tasks), negative ones
     included, and unless 1 <= k <= experts.
     """
-    if logits.ndim != 2 or logits.size == 0:
-        raise ValueError(f"logits must be a non-empty [tasks, experts] matrix, got shape {logits.shape}")
+    if logits.ndim != 2 or logits.size == 0 or not np.isfinite(logits).all():
+        raise ValueError(f"logits must be a finite, non-empty [tasks, experts] matrix, got shape {logits.shape}")
     require_task(task, len(logits))
     chosen = route(logits[task : task + 1], k, None, "before")
     return chosen.expert[0], chosen.weight[0]

@@ -122,8 +122,7 @@ def prepared(weight: np.ndarray, hessian: np.ndarray, damping: float) -> tuple[n
         raise ValueError(f"damping must be at least 0 and finite, got {damping}")
     hessian = checked_hessian(hessian, weight.shape[1], damping, 1)
     dead = np.diag(hessian) == 0
-    hessian[dead, dead] = 1
-    return np.where(dead, 0, weight), inverse_factor(hessian, damping)
+    return np.where(dead, 0, weight), inverse_factor(hessian + np.diag(dead), damping)
 
 
 def threshold_mask(score: np.ndarray, sparsity: float, exact: bool = False) -> np.ndarray:

@@ -54,10 +54,10 @@ def input_norms(batches: Iterable[np.ndarray]) -> np.ndarray:
 
     A batch is `[samples, tokens, in]`, or `[tokens, in]`, which is one sample; samples may differ in length, and how
     they are put into batches changes nothing. Squares are added up over a sample's tokens and averaged over samples;
-    the root is taken at the end. Sums are float64, whatever the dtype of a batch, and no batch is held.
+    the root is taken at the end. Sums are float64, whatever the dtype of a batch, and no batch is held or changed.
     Raises ValueError for no token at all and for inputs that are not finite. Source: layerwrapper.py, add_batch.
     """
-    total, samples, tokens = np.zeros(()), 0, 0
+    total, samples, tokens = 0.0, 0, 0
     for batch in batches:
         x = np.asarray(batch, dtype=np.float64).reshape(-1, batch.shape[-1])  # [tokens, in]
         samples, tokens = samples + (len(batch) if batch.ndim == 3 else 1), tokens + len(x)

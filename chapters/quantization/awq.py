@@ -95,7 +95,7 @@ def search_scales(
     """The first of `RATIOS` whose scales let the quantized layers disturb `outputs` least.
 
     weights  of the layers that read x, each `[out, in]`; they share one vector of scales
-    x        calibration inputs `[…, in]`; channel_scales gets the mean of |x| over all tokens
+    x        calibration inputs `[…, in]`; channel_scales gets the mean of |x| over all tokens, in float64
     outputs  what the inspected module computes from x with these weights in place of its own, any shape
 
     `outputs` is called for the weights as they are, and for each ratio with quantize(W · s) / s, dequantized, where s
@@ -134,7 +134,7 @@ def search_clip(
     if x.ndim != 2 or x.shape[1] != weight.shape[1] or len(x) == 0 or samples < 1 or not np.isfinite(x).all():
         raise ValueError(f"need finite x [tokens, {weight.shape[1]}] and samples >= 1, got x {x.shape}, {samples}")
     x = x[:: max(len(x) // samples, 1)].reshape(-1, weight.shape[1] // size, size).swapaxes(0, 1)
-    moments = x.swapaxes(1, 2) @ x / x.shape[1]  # [groups, size, size]; mean (x · e)² = e · mean(x xᵀ) · e
+    moments = x.swapaxes(1, 2) @ x  # [groups, size, size]; Σ (x · e)² = e · Σ(x xᵀ) · e, tokens times the mean
     largest = np.abs(weight.reshape(len(weight), -1, size)).max(axis=-1)  # [out, groups]
     limit, least = largest.copy(), np.full(largest.shape, np.inf)
     for shrink in SHRINKS.tolist():
@@ -157,16 +157,16 @@ def fold(previous: nn.Module, readers: Sequence[nn.Linear], scales: Tensor) -> N
     """Multiply the columns of the readers' weights by scales `[in]`, and divide what `previous` gives them by it.
 
     previous is a norm, whose `weight` `[in]` is divided, or a linear layer, the rows of whose `weight` `[in, …]` are;
-    its `bias`, where it has one, is divided too, the readers' stay. In place; the function of the model is the same
-    up to rounding. Raises ValueError, before anything is changed, where shapes do not fit or scales are not positive
-    and finite. Source: auto_scale.py, scale_ln_fcs and scale_fc_fc.
+    its `bias`, where it has one, is divided too, the readers' stay. Scales first get the dtype of what they change. In
+    place; the function of the model is the same up to rounding. Raises ValueError, before anything is changed, where
+    shapes do not fit or scales are not positive and finite. Source: auto_scale.py, scale_ln_fcs and scale_fc_fc.
     """
     channels = {len(previous.get_parameter("weight")), *(reader.in_features for reader in readers)}
     if scales.dim() != 1 or channels != {len(scales)}:
         raise ValueError(f"scales must be [in], got {tuple(scales.shape)} for layers of {sorted(channels)} channels")
     if not ((scales > 0) & scales.isfinite()).all():
         raise ValueError("scales must be positive and finite")
-    for parameter in previous.parameters(recurse=False):  # weight, and bias if there is one
+    for parameter in previous.parameters():  # weight, and bias if there is one
         parameter /= scales.to(parameter).unflatten(0, (-1, *[1] * (parameter.dim() - 1)))
     for reader in readers:
         reader.weight *= scales.to(reader.weight)
@@ -313,12 +313,12 @@ def ratio_losses(lab: Lab, planted: bool) -> np.ndarray:
 
 
 def picture(found: dict[tuple[str, bool, int], np.ndarray], losses: dict[bool, np.ndarray], base: float) -> Figure:
-    """What a ratio does to one output, and what the method does to the model."""
-    fig, (left, right) = panels(2, width=7.4, height=2.7)
+    """What a ratio does to the output of an attention layer, and what the method does to the model."""
+    fig, (left, right) = panels(2, width=7.4, height=3.0)
     for planted, words in MODELS.items():
         left.plot(RATIOS, losses[planted], **series(ROLES["AWQ", planted]), label=words)
-    left.set(xlabel="ratio r, 0 is RTN", ylabel="error of attention, RTN = 1")
-    left.set_ylim(bottom=0)
+    left.set(xlabel="ratio r, 0 is RTN", ylabel="error (RTN = 1)")
+    left.set_ylim(0, 1.4 * max(values.max() for values in losses.values()))  # room for the legend
     for (method, planted), role in ROLES.items():
         means = [base + found[method, planted, bits].mean() for bits in (3, 4)]
         right.plot([3, 4], means, **series(role), label=f"{method}, {MODELS[planted]}")

@@ -60,8 +60,8 @@ def count_magnitudes(x: np.ndarray, width: float, bins: int) -> tuple[np.ndarray
     """How many |x| lie in each bin, and the largest |x|: (counts int64 `[bins]`, largest); the kernel's reference.
 
     Bin k holds k · width <= |x| < (k + 1) · width, by the integer part of |x| / width, divided in the precision of x;
-    what lies beyond the last bin counts in it, however far. x has any shape and stays as it is. Raises ValueError for
-    an empty x, one that is not finite, a width that is not above 0, and fewer than one bin.
+    what lies beyond the last bin counts in it, however far. x holds floats, has any shape and stays as it is. Raises
+    ValueError for an empty x, one that is not finite, a width that is not above 0, and fewer than one bin.
     """
     if np.size(x) == 0 or not np.isfinite(x).all():
         raise ValueError(f"x must be finite and not empty, got shape {np.shape(x)}")

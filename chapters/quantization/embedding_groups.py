@@ -87,11 +87,11 @@ def find_grids(
         raise ValueError("low must not exceed high in any channel")
     low = np.minimum(low[order].reshape(groups, -1).min(axis=1), 0)
     high = np.maximum(high[order].reshape(groups, -1).max(axis=1), 0)
-    highest = 2**bits - 1
-    scale = np.maximum((high - low) / highest, low.dtype.type(1e-8))
+    with np.errstate(over="ignore"):  # what overflows is refused
+        scale = np.maximum((high - low) / (2**bits - 1), low.dtype.type(1e-8))
     if not np.isfinite(scale).all():
         raise ValueError("low and high must be finite, and so must the range of a group")
-    return scale, np.clip(np.rint(-low / scale), 0, highest)
+    return scale, np.rint(abs(low) / scale)
 
 
 def quantize_groups(x: np.ndarray, order: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int = 8) -> np.ndarray:

@@ -105,7 +105,7 @@ def outlier_mask(weight: np.ndarray, threshold: float = THRESHOLD) -> np.ndarray
         raise ValueError(f"threshold must be a number, got {threshold}")
     weight = np.asarray(weight, dtype=np.float64)
     deviation = weight.std()
-    if deviation == 0:
+    if np.ptp(weight) == 0:  # where rounding may leave them a deviation
         return np.zeros(weight.shape, dtype=bool)
     z = (weight - weight.mean()) / deviation
     return -np.log(deviation * np.sqrt(2 * np.pi)) - z**2 / 2 <= threshold

@@ -119,18 +119,18 @@ def inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
     hessian, symmetric float64, is not modified. ValueError if the damped one is not positive definite, or just by
     rounding: if a squared diagonal element of its Cholesky factor is below 1e-12 of its own. Source: fasterquant.
     """
-    damped = hessian + damping * np.diag(hessian).mean() * np.eye(len(hessian))
+    hessian = hessian + damping * np.diag(hessian).mean() * np.eye(len(hessian))  # damped; the one given is let go
     try:
-        if (np.diag(np.linalg.cholesky(damped)) ** 2 < 1e-12 * np.diag(damped)).any():  # its last digits only
+        if (np.diag(np.linalg.cholesky(hessian)) ** 2 < 1e-12 * np.diag(hessian)).any():  # its last digits only
             raise np.linalg.LinAlgError
-        return np.linalg.cholesky(np.linalg.inv(damped)).T
+        return np.linalg.cholesky(np.linalg.inv(hessian)).T
     except np.linalg.LinAlgError:
         raise ValueError(f"hessian is not positive definite with damping={damping}; raise it, use more text") from None
 
 
 def checked_hessian(hessian: np.ndarray, columns: int, damping: float, block_size: int) -> np.ndarray:
-    """A float64 copy of hessian; ValueError unless it is finite, symmetric, [columns, columns], the rest in range."""
-    hessian = np.array(hessian, dtype=np.float64)
+    """hessian in float64, no copy; ValueError unless it is finite, symmetric, [columns, columns], the rest in range."""
+    hessian = np.asarray(hessian, dtype=np.float64)
     if not 0 <= damping < np.inf or block_size < 1:
         raise ValueError(f"need 0 <= damping < inf and block_size >= 1, got damping={damping}, block_size={block_size}")
     if hessian.shape != (columns, columns) or not np.isfinite(hessian).all():
@@ -164,13 +164,12 @@ def gptq(
     weight, size = checked(weight, bits, group_size)
     hessian = checked_hessian(hessian, weight.shape[1], damping, block_size)
     dead = np.diag(hessian) == 0
-    hessian[dead, dead] = 1
     rest, columns = np.where(dead, 0, weight), np.arange(weight.shape[1])
     fit = partial(find_grid, bits=bits, symmetric=symmetric, mse=mse)
     scale, zero = fit((weight if group_size is None else rest).reshape(len(rest), -1, size))  # [out, groups]
-    order = np.argsort(-np.diag(hessian), kind="stable") if act_order else columns
+    order = np.argsort(-np.diag(hessian) - dead, kind="stable") if act_order else columns
     group = (order if static_groups else columns) // size
-    upper = inverse_factor(hessian[np.ix_(order, order)], damping)
+    upper = inverse_factor((hessian + np.diag(dead))[np.ix_(order, order)], damping)
     rest, codes = rest[:, order], np.empty(weight.shape, np.uint8)
     for start in range(0, len(columns), block_size):
         stop = min(start + block_size, len(columns))
@@ -201,8 +200,8 @@ def obq(
     w, _ = checked(weight, bits, None)
     hessian = checked_hessian(hessian, w.shape[1], damping, 1)
     dead, row, left = np.diag(hessian) == 0, np.arange(len(w)), np.ones(w.shape, bool)
-    hessian[dead, dead], w[:, dead] = 1, 0
-    upper, codes = inverse_factor(hessian, damping), np.empty(w.shape, np.uint8)
+    w[:, dead] = 0
+    upper, codes = inverse_factor(hessian + np.diag(dead), damping), np.empty(w.shape, np.uint8)
     inverse = np.repeat((upper.T @ upper)[None], len(w), axis=0)  # [out, in, in]
     scale, zero = find_grid(w[:, None], bits, symmetric, mse)  # [out, 1]
     for _ in range(w.shape[1]):
@@ -236,8 +235,8 @@ def hessians(model: Transformer, tokens: Tensor, names: list[str]) -> dict[str, 
     totals: dict[str, Tensor] = {}
     for name, x in surgery.record_inputs(model, tokens, names):
         x = x.flatten(0, 1).double()  # [tokens, in]
-        totals[name] = totals.get(name, 0) + x.T @ x
-    return {name: (2 / len(tokens) * total).cpu().numpy() for name, total in totals.items()}
+        totals.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x, alpha=2 / len(tokens))
+    return {name: total.cpu().numpy() for name, total in totals.items()}
 
 
 def solve(weight: Tensor, statistics: np.ndarray, bits: int, **options) -> Quantized:
@@ -262,8 +261,9 @@ def quantize_model(
     """
     layers, done = surgery.linears(model), {}
     for names in stages(model, true_sequential):
-        for name, statistics in hessians(model, tokens, names).items():
-            done[name] = solve(layers[name].weight, statistics, bits, **options)
+        found = hessians(model, tokens, names)
+        for name in names:
+            done[name] = solve(layers[name].weight, found.pop(name), bits, **options)  # a Hessian is large: let it go
             layers[name].weight.copy_(torch.from_numpy(done[name].dequantize()))
     return done
 

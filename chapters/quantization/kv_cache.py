@@ -74,7 +74,7 @@ def quantize(
         factor, step = 1 / span * top, span / top
         scaled = (groups - low) * factor if rule == "flexgen" else (groups - low) / step
         step = 1 / factor if rule == "flexgen" else step
-    flat = (step == 0) | ((rule == "flexgen") & np.isinf(factor))
+    flat = step == 0  # as 1 / factor is where factor overflows
     codes = np.where(flat, 0, np.rint(scaled.clip(0, top))).astype(np.uint8).reshape(filled.shape)
     grid = np.concatenate([np.where(flat, 0, step).astype(x.dtype), low], axis=-1)
     codes = np.moveaxis(codes[..., : along.shape[-1]], -1, AXES[per])
@@ -91,8 +91,8 @@ def dequantize(codes: np.ndarray, grid: np.ndarray, group_size: int, per: Per = 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes `[.., D]` below 2^bits, unsigned integers -> uint8 `[.., D · bits / 8]`; bits 2, 4 or 8.
 
-    A byte holds 8 / bits neighbours, the first in its highest bits. Raises ValueError for other bits, codes that are
-    larger or not unsigned, and a D whose codes fill no whole number of bytes.
+    A byte holds 8 / bits neighbours, the first in its highest bits. No rows of codes are no rows of bytes. Raises
+    ValueError for other bits, codes that are larger or not unsigned, and a D whose codes fill no whole number of bytes.
     """
     if bits not in PACKED_BITS or codes.dtype.kind != "u" or codes.shape[-1] * bits % 8:
         raise ValueError(

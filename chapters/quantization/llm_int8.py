@@ -68,10 +68,10 @@ def quantize_rows(x: np.ndarray, threshold: float = 0.0) -> tuple[np.ndarray, np
     regular = np.abs(x) < limit  # false for NaN
     absmax = np.abs(np.where(regular, x, 0)).max(axis=1)
     absmax[absmax < LEAST] = 0
-    inverse = np.divide(np.float32(127), absmax, out=np.zeros_like(absmax), where=absmax > 0)
     kept = regular.all(axis=0)
-    codes = np.rint(np.where(kept, x, 0) * inverse[:, None]).astype(np.int8)
-    return codes, absmax, np.flatnonzero(~kept)
+    coded = np.where(kept & (absmax > 0)[:, None], x, 0)
+    inverse = np.float32(127) / np.maximum(absmax, LEAST)
+    return np.rint(coded * inverse[:, None]).astype(np.int8), absmax, np.flatnonzero(~kept)
 
 
 def llm_int8_matmul(
@@ -94,7 +94,8 @@ def llm_int8_matmul(
         )
     x_codes, x_absmax, outliers = quantize_rows(x, threshold)
     scale = absmax.astype(np.float64) / 127  # [out]
-    y = (x_codes.astype(np.int64) @ codes.T.astype(np.int64)) * (x_absmax[:, None].astype(np.float64) / 127 * scale)
+    sums = x_codes.astype(np.float64) @ codes.T.astype(np.float64)  # whole numbers far below 2^53
+    y = sums * (x_absmax[:, None].astype(np.float64) / 127 * scale)
     weight = codes[:, outliers] * scale[:, None] if exact is None else exact[:, outliers].astype(np.float64)
     return y + x[:, outliers].astype(np.float64) @ weight.T
 

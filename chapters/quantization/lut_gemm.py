@@ -92,7 +92,7 @@ def nearest_signs(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     others +1.
     """
     planes = alpha.shape[-1]
-    choices = 2 * (np.arange(2**planes)[:, None] >> np.arange(planes)[::-1] & 1) - 1  # [2^planes, planes], −1 first
+    choices = 2 * (np.arange(2**planes)[:, None] >> np.arange(planes) & 1) - 1  # [2^planes, planes], −1 first
     sums = alpha @ choices.T
     order = np.argsort(sums, axis=-1, kind="stable")
     sums = np.take_along_axis(sums, order, axis=-1)

@@ -102,11 +102,11 @@ def lsq(x: np.ndarray, scale: np.ndarray, bits: int, signed: bool = True) -> np.
 def lsq_gradient(
     x: np.ndarray, scale: np.ndarray, dy: np.ndarray, bits: int, signed: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients (dx, dscale) of a loss, from dy, its gradient at `lsq(x, scale, bits, signed)`; all shaped like x.
+    """Gradients (dx, dscale) of a loss, from dy, its gradient at `lsq(x, scale, bits, signed)`, in their precision.
 
     With q = x / scale, not rounded, a number is inside where Qn <= q <= Qp, the ends included.
-    dx = dy inside and 0 outside. dscale `[groups]` is the sum over a group of n numbers of dy · change, divided by
-    √(n · Qp), where change = rint(q) − q inside, Qn below and Qp above.
+    dx, shaped like x, is dy inside and 0 outside. dscale `[groups]` is the sum over a group of n numbers of dy ·
+    change, divided by √(n · Qp), where change = rint(q) − q inside, Qn below and Qp above.
     Raises ValueError as `lsq_codes`, and where dy is not finite or not shaped like x. Source: LSQ, section 2.1, 2.2.
     """
     (low, high), q = limits(bits, signed), quotients(x, scale)
@@ -311,9 +311,10 @@ def perplexities(lab: Lab, bits: int, steps: int) -> dict[str, float]:
 def picture(found: dict[int, dict[str, float]], base: float) -> Figure:
     """Perplexity by bits and by how the weights were rounded."""
     fig, axes = figure()
-    for place, (words, role) in enumerate(zip(found[2], ("muted", "baseline", "second", "method"), strict=True)):
-        at = [width + 0.2 * place for width in range(len(found))]
-        axes.bar(at, [values[words] for values in found.values()], 0.18, color=series(role)["color"], label=words)
+    looks = (("muted", ""), ("baseline", "//"), ("second", ".."), ("method", ""))  # hatched: to tell without colour
+    for place, (words, (role, hatch)) in enumerate(zip(found[2], looks, strict=True)):
+        at, heights = [width + 0.2 * place for width in range(len(found))], [values[words] for values in found.values()]
+        axes.bar(at, heights, 0.18, color=series(role)["color"], hatch=hatch, edgecolor="white", label=words)
     axes.axhline(base, **series("reference"), label="full precision")
     axes.set_xticks([width + 0.3 for width in range(len(found))], [f"{bits} bits" for bits in found])
     axes.set(ylabel="perplexity")

@@ -98,8 +98,8 @@ def grid(low: np.ndarray, high: np.ndarray, bits: int, scheme: str = "asymmetric
     """(scale, zero) of grids with 2**bits codes for numbers from low to high, one for each group.
 
     low <= 0 <= high: float32 or float64 arrays of one shape and dtype, which the results share; zero holds integers.
-    "asymmetric": scale = (high − low) / (2**bits − 1), and zero = −low / scale, rounded, ties to even, and clipped to
-    0 .. 2**bits − 1. The others have zero = h = 2**(bits−1) and, with a = max(high, −low),
+    "asymmetric": scale = (high − low) / (2**bits − 1), and zero = −low / scale, rounded, ties to even: a code.
+    The others have zero = h = 2**(bits−1) and, with a = max(high, −low),
 
         "gptq"         a / (h − ½), but where low is 0 high / (2h − 1), as released: the upper half is then clipped
         "torch"        a / (h − ½): a is clipped, and −a falls between two codes
@@ -124,7 +124,7 @@ def grid(low: np.ndarray, high: np.ndarray, bits: int, scheme: str = "asymmetric
         raise ValueError(f"the range from {low.min()} to {high.max()} is too wide for {scale.dtype}")
     scale = np.where(scale < np.finfo(scale.dtype).tiny, scale.dtype.type(1), scale)
     if scheme == "asymmetric":
-        return scale, np.rint(-low / scale).clip(0, 2**bits - 1)
+        return scale, np.rint(abs(low) / scale)
     return scale, np.full_like(scale, 2 ** (bits - 1))
 
 
@@ -136,7 +136,7 @@ def quantize(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> n
     Raises ValueError for an x that is empty or not finite, and for bits outside 1 .. 8.
     """
     with np.errstate(over="ignore"):  # what is far beyond the grid is clipped like the rest
-        return np.clip(np.rint(checked(x, bits) * (1 / scale)) + zero, 0, 2**bits - 1).astype(np.uint8)
+        return np.clip(np.rint(checked(x, bits) * (np.float32(1) / scale)) + zero, 0, 2**bits - 1).astype(np.uint8)
 
 
 def dequantize(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:

@@ -118,7 +118,7 @@ def rms_norm_quantize(
         raise ValueError(f"x must be [tokens, dim], residual like it, weight [dim]; got {x.shape}, {weight.shape}")
     if not eps > 0:
         raise ValueError(f"eps must be above 0, got {eps}")
-    hidden = x if residual is None else x + residual
+    hidden = x if residual is None else (x + residual).astype(x.dtype)
     precise = checked(hidden)
     with np.errstate(over="ignore"):  # what overflows is refused
         codes, step = token_codes(precise * weight.astype(precise.dtype))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chapters.claims import NotMeasurable
 from chapters.lab import Lab
 from minitfm import data
 from minitfm.tokenizer import Tokenizer
@@ -58,11 +59,11 @@ class Sorted(NamedTuple):
 
 
 def sorted_text(lab: Lab) -> Sorted:
-    """The lab's text by kind, measured in rows of `LENGTH` tokens. ValueError for a kind that has less than one row."""
+    """The lab's text by kind, measured in rows of `LENGTH` tokens. NotMeasurable if a kind has less than one row."""
     train_by, held_by = (streams_by_task(stream, lab.tokenizer) for stream in lab.streams)
     length, most = min(LENGTH, lab.length), 512 if lab.full else 64
     for name, *streams in zip(KINDS, train_by, held_by, strict=True):
         if min(map(len, streams)) < length:
-            raise ValueError(f"the text has too few {name} to train or to measure on: {length} tokens are needed")
+            raise NotMeasurable(f"the text has too few {name} to train or to measure on: {length} tokens are needed")
     marked = torch.cat([stream + number * lab.config.vocab_size for number, stream in enumerate(train_by)])
     return Sorted(marked, [data.sequences(stream, length)[:most] for stream in held_by])

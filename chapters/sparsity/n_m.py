@@ -63,7 +63,7 @@ def n_m_mask(weight: np.ndarray, n: int = 2, m: int = 4) -> np.ndarray:
         raise ValueError(f"need 1 <= n <= m, got n={n}, m={m}")
     if weight.shape[1] % m:
         raise ValueError(f"weight has {weight.shape[1]} columns, not divisible by m={m}")
-    groups = magnitude.reshape(len(weight), -1, m)  # [out, in / m, m]
+    groups = magnitude.reshape(-1, m)  # [out · in / m, m]
     order = np.argsort(-groups, axis=-1, kind="stable")  # stable: equals stay in the order of their index
     mask = np.zeros(groups.shape, dtype=bool)
     np.put_along_axis(mask, order[..., :n], True, axis=-1)

@@ -123,7 +123,8 @@ def forward_kernel(
     out_ptr += sequence_start(batch, head, first_q, out_stride, D)
     store_tile(out_ptr, acc / total[:, None], start, out_stride, T, D, BLOCK_Q, BLOCK_D)
     lse_ptr += tl.program_id(0).to(tl.int64) * tokens + first_q
-    tl.store(lse_ptr + row, (maximum + tl.log2(total)) / LOG2E, mask=row < T)
+    near = tl.arange(0, BLOCK_Q)  # not `row`, which registers would hold until here
+    tl.store(lse_ptr + start + near, (maximum + tl.log2(total)) / LOG2E, mask=near < T - start)
 
 
 @triton.jit

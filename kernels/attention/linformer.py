@@ -111,7 +111,7 @@ def project_kernel(
     kinds = tl.num_programs(1) // parts
     place = ((run * kinds + kind).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * slots
     column = tl.arange(0, BLOCK_D)
-    out_ptr += (place + row)[:, None] * D + column[None, :]
+    out_ptr += place * D + (row[:, None] * D + column[None, :])
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(row < slots)[:, None] & (column < D)[None, :])
 
 

@@ -51,11 +51,12 @@ FLOATS, INTEGERS = (torch.float16, torch.bfloat16, torch.float32), (torch.int32,
 
 @triton.jit
 def chunk_tokens(order_ptr, part, parts, start, T, chunk, BLOCK: tl.constexpr):
-    """(position int64, live) [BLOCK] of the tokens from `start` on in chunk `part`, counted through all rounds."""
+    """(position int32, live) [BLOCK] of the tokens from `start` on in chunk `part`, counted through all rounds."""
     near = start + tl.arange(0, BLOCK)
     place = part % parts * chunk + near
     live = (near < chunk) & (place < T)
-    return tl.load(order_ptr + (part // parts).to(tl.int64) * T + place, mask=live, other=0), live
+    position = tl.load(order_ptr + (part // parts).to(tl.int64) * T + place, mask=live, other=0)
+    return position.to(tl.int32), live
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def load_tokens(ptr, position, live, stride, D: tl.constexpr, BLOCK_D: tl.conste
     mask = live[:, None]
     if D != BLOCK_D:
         mask = mask & (column < D)[None, :]
-    return tl.load(ptr + position[:, None] * aligned(stride[2], D) + column[None, :], mask=mask, other=0.0)
+    return tl.load(ptr + position[:, None].to(tl.int64) * aligned(stride[2], D) + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -267,6 +267,7 @@ def case(name: str, tokens: int, experts: int, k: int, dtype: torch.dtype, renor
         bytes=tokens * experts * dtype.itemsize + 12 * tokens * k + 4 * experts,
         operations=0,
         kind="stream",
+        narrow_stores="k numbers for each of 32 to 128 tokens: one or two for a thread",
         peers={"torch, one-hot": torch_route},
     )
 

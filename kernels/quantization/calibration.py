@@ -102,6 +102,7 @@ def llama_case(tokens: int, channels: int, bins: int = 2048) -> Case:
         bytes=2 * tokens * channels + 8 * min(PROGRAMS, HELD // bins) * bins,
         operations=0,
         kind="stream",
+        narrow_stores="counts are not stored but added, one by one; what is stored is one number of each program",
         peers={"torch": by_torch},
     )
 

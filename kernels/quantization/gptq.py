@@ -10,7 +10,8 @@ Replaces the loop over columns by torch operators, which reads and writes the re
 4 N B² bytes, B / 2 times the floor, in some 10 launches a column. U's row is read from the L1 cache by every program.
 
 Neither bytes nor operations bound it, but the chain of B dependent steps: pick a column out of the tile (a masked sum
-in a warp), divide, round, divide, update. So tiles are few rows high and many run side by side.
+in a warp), divide, round, divide, update. So tiles are few rows high and many run side by side, and each row of the
+tile loads U's row for itself: handed from thread to thread, it would take two barriers a column.
 
 Rounding: x + m − m with m = 1.5 · 2^23 (float64: 2^52) leaves the nearest integer, ties to even, for small x; both
 divisions are IEEE. The compiler may fuse a product and a sum, so on a GPU a weight that lies within rounding of the
@@ -52,11 +53,13 @@ def solve_kernel(
     """
     row, column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     live = (row < N)[:, None] & (column < width)[None, :]
+    across = tl.broadcast_to(column[None, :], (BLOCK_N, BLOCK_C))  # U's row, laid out like the tile
     # Right of column j the tile holds W, repaired so far; left of it errors.
     tile = tl.load(weight_ptr + row[:, None] * weight_stride + column[None, :], mask=live, other=0.0)
     codes = tl.zeros((BLOCK_N, BLOCK_C), tl.uint8)
     for j in range(width):
-        later = tl.load(upper_ptr + j * upper_stride + column, mask=(column > j) & (column < width), other=0.0)
+        later = tl.load(upper_ptr + j * upper_stride + across, mask=across < width, other=0.0)
+        later = tl.where((column > j)[None, :], later, 0.0)
         pivot = tl.load(upper_ptr + j * upper_stride + j)
         grid = row * groups + tl.load(group_ptr + j)
         scale = tl.load(scale_ptr + grid, mask=row < N, other=1.0)
@@ -66,7 +69,7 @@ def solve_kernel(
         steps = tl.minimum(tl.maximum(quotient(value, scale), -512.0), 512.0)  # a code is at most 255
         code = tl.minimum(tl.maximum(steps + MAGIC - MAGIC + zero, 0.0), last)
         error = quotient(value - scale * (code - zero), pivot + tl.zeros_like(value))
-        tile = tl.where(here, error[:, None], tile - error[:, None] * later[None, :])
+        tile = tl.where(here, error[:, None], tile - error[:, None] * later)
         codes = tl.where(here, code.to(tl.uint8)[:, None], codes)
     place = row[:, None] * width + column[None, :]
     tl.store(codes_ptr + place, codes, mask=live)

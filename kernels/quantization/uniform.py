@@ -230,6 +230,7 @@ def llama_case(what: str, N: int, K: int, bits: int, group_size: int | None, sch
         bytes=2 * N * K + N * K * bits // 8 + 5 * N * K // (group_size or K),
         operations=10 * N * K,
         kind="stream",
+        narrow_stores="" if group_size is None else "codes of 2 to 4 bits: a thread has 4 to 8 bytes of them",
         peers={"torch": torch_quantize_and_pack, "torch.compile": lambda *given: compiled()(*given)},
     )
 

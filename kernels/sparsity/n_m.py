@@ -128,9 +128,10 @@ def dense_tile(values, metadata, at, live, dtype: tl.constexpr):
     """The words at `at` [R, W] expanded to [R, 16 W]: each value is shifted to its slot of a 64-bit group."""
     lower, higher, nibble = load_groups(values, metadata, at, live)
     group = as_bits(lower) << (nibble & 3) * 16 | as_bits(higher) << (nibble & 12) * 4
-    even = tl.join(slot(group, 0, dtype), slot(group, 32, dtype))
-    odd = tl.join(slot(group, 16, dtype), slot(group, 48, dtype))
-    return tl.reshape(tl.join(even, odd), (at.shape[0], at.shape[1] * 16))
+    even = tl.join(slot(group, 0, tl.int16), slot(group, 32, tl.int16))
+    odd = tl.join(slot(group, 16, tl.int16), slot(group, 48, tl.int16))
+    bits = tl.reshape(tl.join(even, odd), (at.shape[0], at.shape[1] * 16))
+    return bits.to(dtype, bitcast=True)  # not before: Triton 3.6 fails on a reshape that a product's operand comes from
 
 
 @triton.jit

@@ -123,6 +123,7 @@ def case(rows: int, columns: int) -> Case:
         bytes=3 * rows * columns + 90 * 16,
         operations=2 * 128 * rows * columns,
         kind="stream",
+        narrow_stores="8 bytes of mask for a thread; 16 would double its sums in registers, and sums bind, not bytes",
         peers={"torch": torch_best},
     )
 

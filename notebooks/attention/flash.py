@@ -34,9 +34,8 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts
 #
-# We listen in on the model: the seam `attend` hands us the queries, keys and values of every layer while it reads 128
-# tokens. Below the weights of one head of the last layer, all 128 × 128 of them: each row is a softmax, and the upper
-# half is empty, because no token sees the ones after it.
+# We listen in on the model: its parameter `attend` lets us see the queries q, keys k and values v of every layer while
+# it reads 128 tokens. `lse`, the log of the sum of a row's exponentials, turns a score x into a weight: exp(x − lse).
 
 # %%
 seen = []
@@ -46,12 +45,20 @@ with torch.no_grad():
 q, k, v = (x.double().numpy() for x in seen[-1])
 out, lse = flash.attention(q, k, v)
 scores = flash.tile_scores(q, k, slice(None), slice(None), causal=True, scale=q.shape[3] ** -0.5)
-drawn, axes = figure(width=4.2, height=3.2)
-heatmap(axes, np.exp(scores - lse[..., None])[0, 0], "weight of the key for the query", limit=0.3)
+
+# %% [markdown]
+# Below the weights of one head of the last layer, all 128 × 128 of them: each row is a softmax of that query's scores,
+# and the upper half is empty, because no token sees the ones after it.
+
+# %%
+drawn, axes = figure(width=4.0, height=3.0)
+heatmap(axes, np.exp(scores - lse[..., None])[0, 0], "weight", limit=0.3)
+axes.set(xlabel="key", ylabel="query", xticks=range(0, 128, 32), yticks=range(0, 128, 32))
 drawn
 
 # %% [markdown]
-# That picture has 16,384 numbers per head, and its area grows with the square of the text. To train, the weights
+# Long streaks are a head that copies: it looks back to where the same words stood before. The picture has 16,384
+# numbers per head, nearly all of them close to 0, and its area grows with the square of the text. To train, the weights
 # have to be kept for the backward pass as well. Twice the text, four times the memory:
 
 # %%
@@ -59,7 +66,7 @@ lengths = [128, 256, 512, 1024, 2048]
 naive = [training_bytes(lab, naive_attend, n) / 1e6 for n in lengths]
 drawn, axes = figure(height=2.6)
 axes.bar([str(n) for n in lengths], naive, color=COLOURS["baseline"])
-axes.set(xlabel="tokens", ylabel="MB for one layer", title="naive attention, forward and backward")
+axes.set(xlabel="tokens", ylabel="MB for one layer", title="naive attention: twice the text, four times the memory")
 assert 3.5 < naive[-1] / naive[-2] < 4.1
 drawn
 
@@ -83,20 +90,19 @@ np.testing.assert_allclose(acc / total, out[0, 0, row], atol=1e-12)
 np.testing.assert_allclose(maximum + np.log(total), lse[0, 0, row, None], atol=1e-12)
 
 # %% [markdown]
-# From left to right: the scores of the row and the running maximum; the running total, which falls where the maximum
-# jumps, because the old exponentials shrink; and how far the running mean of the values is from the final output. At
-# the last tile it arrives, exactly.
+# From left to right: the scores of the row (dots) and the running maximum (line); the running total, which falls where
+# the maximum jumps, because the old exponentials shrink; and how far the running mean of the values is from the final
+# output. At the last tile it arrives, exactly.
 
 # %%
-drawn, (left, middle, right) = panels(3, width=8.4, height=2.4)
+drawn, (left, middle, right) = panels(3, width=7.6, height=2.3)
 ends = np.arange(16, 129, 16)
-left.plot(scores[0, 0, 127], ".", color=COLOURS["muted"], label="scores")
-left.plot(ends, [step[0] for step in history], **series("method"), label="running maximum")
+left.plot(scores[0, 0, 127], ".", color=COLOURS["muted"])
+left.plot(ends, [step[0] for step in history], **series("method"))
 middle.plot(ends, [step[1] for step in history], **series("method"))
 right.plot(ends, [step[2] for step in history], **series("accent"))
-for axes, title in ((left, "scores"), (middle, "running total"), (right, "distance from the output")):
+for axes, title in ((left, "maximum"), (middle, "total"), (right, "error of the output")):
     axes.set(xlabel="keys seen", title=title)
-legend(left)
 drawn
 
 # %% [markdown]
@@ -115,7 +121,7 @@ with np.errstate(over="ignore"):
 #
 # `flash_attention` does this for a tile of queries at once, and then for the next. What it holds is a tile of scores,
 # never a row of tiles. Below, the order in which 8 × 8 tiles are visited: those past the diagonal are not visited at
-# all, almost half of the work saved. The last tile of a text may be smaller; here 120 tokens make 7 and a half.
+# all, almost half of the work saved. The last tile of a text may be smaller; here 120 tokens make 7 and a half of them.
 
 # %%
 visits = np.full((8, 8), np.nan)
@@ -123,7 +129,7 @@ order = [(rows.start // 16, columns.start // 16) for rows in flash.tiles(120, 16
          for columns in flash.key_tiles(rows, 120, 120, 16, causal=True)]  # fmt: skip
 for step, place in enumerate(order):
     visits[place] = step + 1
-drawn, axes = figure(width=4.2, height=3.2)
+drawn, axes = figure(width=3.8, height=2.8)
 heatmap(axes, visits, "step", digits=0)
 axes.set(xlabel="tile of keys", ylabel="tile of queries")
 drawn
@@ -141,9 +147,11 @@ for block_q, block_k in ((1, 1), (16, 16), (7, 50), (128, 128)):
 # %% [markdown]
 # ## Backward, without having kept the weights
 #
-# The gradient needs the weights again, P = exp(S − lse). FlashAttention keeps `lse`, one number for each row, and
-# computes S once more, tile by tile. The softmax takes part of the gradient back from all scores of a row: dS =
-# P ∘ (dP − δ). That δ would be a sum along the whole row of P ∘ dP, but it equals the row's dO · O, which is at hand.
+# Let S be the scores, P = exp(S − lse) the weights, O = PV the output, and dS, dP, dO the loss's gradient in each. The
+# way back needs P again. FlashAttention keeps `lse`, one number for each row, and computes S once more, tile by tile.
+# The softmax takes part of the gradient back from all scores of a row: dS = P ∘ (dP − δ), entry by entry. That δ would
+# be a sum along the whole row of P ∘ dP, but it equals the row's dO · O, which is at hand. Below, the reference against
+# torch's automatic gradient:
 
 # %%
 dout = np.random.default_rng(0).normal(size=q.shape)
@@ -157,7 +165,8 @@ for found, truth in zip(gradients, expected, strict=True):
 # ## In the model
 #
 # This is the chapter's claim, measured on the model: logits and gradients as exact as naive attention's, memory that
-# grows like N. Exact is meant literally. FlashAttention is no approximation, both only round in another order.
+# grows like N. Exact is meant literally: FlashAttention is no approximation, both only round in another order. The axes
+# of the figure are logarithmic. Which slopes do you expect?
 
 # %%
 claim = flash.claim(lab)
@@ -178,31 +187,32 @@ assert claim.numbers["logit error, flash"] < 1e-5
 # Memory is not the only gain. A GPU computes much faster than it reads, so what counts is how often scores, keys and
 # values pass between its memory and the chip. Naive attention moves the N × N matrix four times. FlashAttention moves
 # no scores, but reads all keys and values once for each tile of queries: the more queries it keeps on chip, the less
-# it reads. Turn the knob where the notebook is live.
+# it reads. Below, GB for a layer of Llama-2-7B, 32 heads of 128 in bfloat16. Turn the knob where the notebook is live:
+# with how few queries on chip would nothing be gained?
 
 
 # %%
 def traffic(block_q=128):
-    """GB that a Llama-2-7B layer moves, 32 heads of 128 in bfloat16, against the length."""
-    shapes = [(1, 32, 2**n, 128) for n in range(9, 15)]
-    drawn, axes = figure(height=2.6)
-    for role, count in (("baseline", flash.hbm_bytes_naive), ("method", flash.hbm_bytes_flash)):
-        tile = () if role == "baseline" else (block_q,)
-        axes.plot([s[2] for s in shapes], [count(s, s, *tile) / 1e9 for s in shapes], **series(role))
-    axes.loglog()
-    axes.set(xlabel="tokens", ylabel="GB moved", title=f"solid: {block_q} queries on chip; dashed: naive")
+    lengths = [2**n for n in range(9, 15)]
+    naive = [flash.hbm_bytes_naive((1, 32, n, 128), (1, 32, n, 128)) / 1e9 for n in lengths]
+    tiled = [flash.hbm_bytes_flash((1, 32, n, 128), (1, 32, n, 128), block_q) / 1e9 for n in lengths]
+    drawn, axes = figure(height=2.4)
+    axes.loglog(lengths, naive, **series("baseline"), label="naive")
+    axes.loglog(lengths, tiled, **series("method"), label=f"{block_q} queries on chip")
+    axes.set(xlabel="tokens", ylabel="GB moved", title=f"{tiled[-1] / naive[-1]:.0%} of naive attention's bytes")
+    legend(axes)
     return drawn
 
 
 # %% [markdown]
-# The lines are parallel: both grow with the square of the length.
+# The lines are parallel: both grow with the square of the length, and only the distance between them can be chosen.
 
 # %%
 explore(traffic, block_q=[16, 32, 64, 128, 256])
 
 # %% [markdown]
 # With 256 queries on chip FlashAttention moves several times less, with 16 it would even move more. It is the memory on
-# the chip that buys the savings, as the paper's theorem says, and that is why the kernel's tiles are as large as they
+# the chip that buys the savings, as the paper's theorem says, and that is why the kernel's tiles are as large as will
 # fit. (On top of that, tiles that work side by side find each other's keys in the chip's cache.)
 
 # %%
@@ -214,9 +224,10 @@ assert 7 < moved[16] / moved[128] < 8, "an eighth of the tile, nearly eight time
 # %% [markdown]
 # ## The kernel
 #
-# The kernel holds the tiles in registers and shared memory, and uses base 2, because GPUs have an instruction for
-# 2ˣ. Its floor: q, k, v and the output pass once, which is little; the multiplications of tensor cores take longer.
-# Attention has become a matter of arithmetic.
+# The kernel holds the tiles in registers and shared memory, and takes exponentials to base 2, because GPUs have an
+# instruction for 2ˣ. No kernel can be faster than its floor, the longer of two times: q, k, v and the output must pass
+# through memory once, and the products must be computed. Here the second is longer, by far: attention, which used to
+# wait for memory, has become a matter of arithmetic.
 
 # %%
 case = cases.cases("attention.flash")[0]

@@ -23,7 +23,8 @@ import torch
 from chapters import workbook
 from chapters.attention import flash_decoding as decoding
 from chapters.attention.flash import attention
-from chapters.figures import COLOURS, figure, legend, series
+from chapters.explore import explore
+from chapters.figures import COLOURS, LINESTYLES, figure, heatmap, legend, series
 from chapters.lab import Lab
 from chapters.shared.decode_measures import linears, record_attention, visible_scores
 from kernels import bench, cases, check, hardware
@@ -34,15 +35,17 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts
 #
-# An H200 has 132 multiprocessors. Llama-3-8B has 8 key heads. Let one program serve each of them (with all the query
-# heads that share it), for a growing batch. What share of the multiprocessors has something to do?
+# An H200 has 132 multiprocessors, parts that compute side by side. Llama-3-8B has 8 key heads. Let one program, on one
+# multiprocessor, serve each of them (with all the query heads that share it), for a growing batch. What share of the
+# multiprocessors has something to do?
 
 # %%
 batches = range(1, 33)
 whole, cut = decoding.occupancy(batches, length=8192)
 drawn, axes = figure(height=2.6)
 axes.plot(batches, whole, **series("baseline"))
-axes.set(xlabel="texts written together", ylabel="share that is busy", ylim=(0, 1.05))
+axes.set(xlabel="texts written together", ylabel="share of GPU busy", ylim=(0, 1.05))
+axes.set_title("one program a head: a single text leaves the GPU idle")
 assert whole[0] < 0.1 and whole[15] > 0.9 and whole[16] < 0.6
 drawn
 
@@ -52,10 +55,12 @@ drawn
 #
 # ## The idea
 #
-# Cut the keys into runs. For each run, keep the normalised output and the log of the sum of its exponentials. Both are
-# what a softmax over these keys alone gives. Here are the queries, keys and values of the last layer of our model, and
-# the last token's attention in three runs of different lengths. How much do they count, a row for each, a column for
-# each head?
+# Cut the keys into runs, one for each program. A run r leaves two things, which a softmax over its keys alone gives:
+# its output o_r, a mean of values, and lse_r, the log of the sum of its exponentials. From these the whole follows:
+# with lse = log Σ exp(lse_r), each run weighs exp(lse_r − lse), and the output is the weighted sum of the o_r.
+#
+# Here are the queries, keys and values of the last layer of our model, and the newest token's attention in three runs,
+# of 30, 90 and 8 keys. How much will the last eight tokens weigh, out of 128?
 
 # %%
 q, k, v = (x.astype(np.float64) for x in record_attention(lab, lab.validation[:1])[-1])
@@ -65,10 +70,19 @@ parts = [decoding.partial_attention(newest, k, v, *run) for run in itertools.pai
 outs, lses = (np.stack(part) for part in zip(*parts, strict=True))
 weights = np.exp(lses - decoding.combine(outs, lses)[1])[:, 0, :, 0]
 np.testing.assert_allclose(weights.sum(0), 1)
-weights.round(3)
 
 # %% [markdown]
-# Each column sums to 1. How long a run is says little about its weight. The weighted sum is plain attention:
+# A row for each run, a column for each head; each column sums to 1.
+
+# %%
+drawn, axes = figure(width=5.2, height=2.0)
+heatmap(axes, weights, "weight", limit=1, digits=2)
+axes.set(xlabel="head", ylabel="keys", title="the length of a run says little about its weight")
+axes.set_yticks(range(3), [f"{a} to {b - 1}" for a, b in itertools.pairwise(bounds)])
+drawn
+
+# %% [markdown]
+# The weighted sum is plain attention:
 
 # %%
 expected = attention(newest, k, v)
@@ -88,24 +102,34 @@ for splits in (1, 2, 7, 128, 200):
 # %% [markdown]
 # ## How many runs?
 #
-# As many as it takes to fill the GPU, and no more, because each leaves an output to be read again. Some counts are
-# useless: 64 tiles in 33 runs still have a run of two tiles, like 32. flash-attn's rule takes the smallest count that
-# is within 85% of the best. Below, all counts for one text of 8,192 keys, and the one taken:
+# As many as it takes to fill the GPU, and no more, because each leaves an output to be read again. A kernel reads keys
+# in tiles of 64, and some counts are useless: 64 tiles in 33 runs still have a run of two tiles, like 32. flash-attn's
+# rule takes the smallest count that is within 85% of the best.
+
 
 # %%
-counts = np.arange(1, 65)
-share = [decoding.busy(8 * count, 132) for count in counts]
-chosen = decoding.number_of_splits(8, 132, tiles=128)
-drawn, axes = figure(height=2.4)
-axes.plot(counts, share, color=COLOURS["muted"])
-axes.plot([chosen], [share[chosen - 1]], **series("accent"), label="taken")
-axes.set(xlabel="runs", ylabel="share that is busy")
-legend(axes)
-drawn
+def all_counts(texts=1):
+    counts = np.arange(1, 65)
+    share = [decoding.busy(8 * texts * count, 132) for count in counts]
+    chosen = decoding.number_of_splits(8 * texts, 132, tiles=128)
+    drawn, axes = figure(height=2.4)
+    axes.plot(counts, share, color=COLOURS["muted"])
+    axes.plot([chosen], [share[chosen - 1]], **series("accent"))
+    axes.set(xlabel="runs that the keys are cut into", ylabel="share of GPU busy", ylim=(0, 1.05))
+    axes.set_title(f"{texts} × 8 key heads, 8,192 keys: {chosen} run{'s' * (chosen > 1)} taken")
+    return drawn
+
 
 # %% [markdown]
-# With it, a single text keeps at least three quarters busy, as the claim's figure shows below for all batches. What
-# remains is the second wave of 17 texts: the rule does not cut what already has enough programs.
+# Below, all counts, and the one taken (triangle). Every tooth is a further wave of programs. Live, take more texts:
+# from which number on is nothing cut?
+
+# %%
+explore(all_counts, texts=(1, 20))
+
+# %% [markdown]
+# With the rule a single text keeps at least three quarters busy, and so do 2 to 13, as the claim's figure shows below
+# for all batches. What remains is the second wave of 17 texts: the rule does not cut what already has enough programs.
 
 # %%
 assert min(cut[:13]) > 0.75 and cut[16] == whole[16]
@@ -113,18 +137,22 @@ assert min(cut[:13]) > 0.75 and cut[16] == whole[16]
 # %% [markdown]
 # ## One maximum for all
 #
-# Runs have to be weighed because each has subtracted its own largest score. FlashDecoding++ subtracts the same number φ
-# everywhere. Then sums of exponentials simply add. But exp(x − φ) overflows where x is far above φ, and vanishes where
-# it is far below. So φ is chosen once, from the scores that a model has been seen to make, and rows that stray out of
-# the range that numbers can carry are done again, properly. How far do the scores of our model reach?
+# Runs have to be weighed because each has subtracted its own largest score before it took exponentials, lest they
+# overflow. FlashDecoding++ subtracts the same number φ everywhere. Then sums of exponentials simply add. But exp(x − φ)
+# overflows where a score x is far above φ, and vanishes where it is far below. So φ is chosen once, from the scores
+# that a model has been seen to make, and rows that stray out of the range that numbers can carry are done again,
+# properly. How far do the scores of our model reach?
 
 # %%
 layers = record_attention(lab, lab.validation[:8])
-drawn, axes = figure(height=2.4)
-for layer, role in zip(layers, ("method", "baseline", "accent", "second"), strict=False):
-    axes.hist(visible_scores(*layer[:2]), bins=40, histtype="step", color=COLOURS[role], log=True)
-axes.set(xlabel="score, one line a layer", ylabel="pairs of tokens")
-reach = np.ptp(np.concatenate([visible_scores(*layer[:2]) for layer in layers]))
+scores = [visible_scores(*layer[:2]) for layer in layers]
+reach = np.ptp(np.concatenate(scores))
+drawn, axes = figure(height=2.6)
+for i, role in zip(range(len(layers)), ("method", "baseline", "accent", "second", "third"), strict=False):
+    look = {"color": COLOURS[role], "linestyle": LINESTYLES[role], "linewidth": 1.5, "label": f"layer {i}"}
+    axes.hist(scores[i], bins=40, histtype="step", log=True, **look)
+axes.set(xlabel="score", ylabel="pairs of tokens", title="the layers reach differently far")
+legend(axes)
 drawn
 
 # %% [markdown]
@@ -139,7 +167,8 @@ _, _, again = decoding.unified_max_attention(*layers[-1], 0.0, *widest)
 assert not again.any()
 
 # %% [markdown]
-# Whatever the range, the result is right, because the rows that stray are recomputed. A narrow range only costs time:
+# Whatever the range, the result is right, because the rows that stray are recomputed. A narrow range only costs time.
+# The text of 128 tokens has 128 rows in each head; one stray score is enough to send a row back.
 
 # %%
 ranges = [2, 5, 10, 20, 40, 60]
@@ -148,14 +177,16 @@ out, _, again = decoding.unified_max_attention(q, k, v, 0.0, -2, 2)
 np.testing.assert_allclose(out, attention(q, k, v)[0], atol=1e-12)
 drawn, axes = figure(height=2.2)
 axes.plot(ranges, redone, **series("method"))
-axes.set(xlabel="scores allowed, ± around 0", ylabel="part recomputed")
+axes.set(xlabel="scores allowed, ± around φ = 0", ylabel="rows done again", title="a narrow range costs time")
+axes.yaxis.set_major_formatter("{x:.0%}")
 assert again.any() and redone == sorted(redone, reverse=True)
 drawn
 
 # %% [markdown]
 # ## The claim
 #
-# All of it, measured: cuts, occupancy, and the rows that a unified maximum sends back.
+# All of it, measured: cuts, occupancy, and the rows that a unified maximum sends back. What do you expect of float16,
+# with a range of 21 for the scores that you saw above?
 
 # %%
 claim = decoding.claim(lab)
@@ -163,7 +194,9 @@ print(claim.sentence)
 claim.figure
 
 # %% [markdown]
-# So the claim holds: it asks for all three at once.
+# So the claim holds: it asks for all three at once, for float32. In float16 a single maximum for this model would send
+# many rows back. What the figure does not show is time. That the multiprocessors are busy is necessary for speed, and
+# whether it is enough only a GPU can tell.
 
 # %%
 assert claim.holds
@@ -186,8 +219,9 @@ assert zeros[64] > 0.95 and zeros[16] < 0.82
 # ## A table, measured
 #
 # Which way is the fastest depends on the shape and on the machine. So FlashDecoding++ measures them all once, and looks
-# the answer up from then on. Here for a layer of our model on this CPU; on a GPU, the kernel is among the candidates.
-# What it says is true of the machine that ran this notebook, and may differ on yours:
+# the answer up from then on. Here for a layer of our model on this CPU: (rows, outputs, inputs) and the way that won. A
+# CPU has no tiles to fill, so padding seldom pays; on a GPU, the kernel is among the candidates. What the table says is
+# true of the machine that ran this notebook, and may differ on yours:
 
 # %%
 shapes = [(M, lab.config.hidden_dim, lab.config.dim) for M in (1, 2, 4, 8, 16, 64)]
@@ -199,15 +233,34 @@ for shape, way in table.items():
 # %% [markdown]
 # ## The kernel, in bytes
 #
-# One program takes all query heads that share a key head as the rows of one product, so each key is read once. The
-# floor is the time to read keys and values. With the multiprocessors that a program per head would occupy, reading at
-# their share of the bandwidth, it would take many times as long:
+# One program takes all query heads that share a key head as the rows of one product, so each key is read once. For
+# every byte read there is next to nothing to compute. A GPU's limits make a roof: its bandwidth times the operations
+# for each byte, the slope, until its arithmetic is the limit, the flat part. Where under this roof do FlashAttention on
+# a prompt and a decode step stand?
 
 # %%
-gpu = hardware.GPUS["H200"]
+gpu, step, prompt = hardware.GPUS["H200"], cases.cases("attention.flash_decoding")[0], cases.cases("attention.flash")[0]
+drawn, axes = figure(height=2.6)
+x = np.geomspace(0.5, 4096, 50)
+axes.loglog(x, np.minimum(gpu.bf16, x * gpu.bandwidth) / 1e12, **series("reference"), label="roof of an H200")
+for case, role, name in ((step, "method", "decode step"), (prompt, "baseline", "prompt of 4,096 tokens")):
+    best = case.operations / hardware.floor_seconds(case, gpu) / 1e12
+    axes.plot([case.operations / case.bytes], [best], **series(role) | {"linestyle": ""}, label=name)
+axes.set(xlabel="operations per byte", ylabel="TFLOP/s")
+legend(axes)
+drawn
+
+# %% [markdown]
+# The prompt reaches the flat part, the decode step stands at the foot of the slope: 4 operations a byte, because 4
+# query heads share a key head. Its floor is the time to read keys and values. By the multiprocessors alone that one
+# program a head would occupy, reading at their share of the bandwidth, it would take 16 times as long for a single
+# text.
+
+# %%
 for case in cases.cases("attention.flash_decoding"):
     print(f"{case.name:24} {case.bytes / 1e6:6.1f} MB, at least {1e6 * hardware.floor_seconds(case, gpu):6.1f} µs")
     assert hardware.floor_seconds(case, gpu) == case.bytes / gpu.bandwidth, "memory is what it waits for"
+assert 1 / whole[0] > 16
 
 # %% [markdown]
 # What the compiler makes of it for an H100 or H200, seen without one: loads of 128 bits, tensor cores, no spills.

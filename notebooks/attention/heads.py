@@ -20,7 +20,8 @@ import torch
 
 from chapters import workbook
 from chapters.attention import heads
-from chapters.figures import COLOURS, figure, legend, series
+from chapters.explore import explore
+from chapters.figures import COLOURS, figure, legend, panels, series
 from chapters.lab import Lab
 from kernels import bench, cases, check, hardware
 from kernels.attention import heads as kernel
@@ -32,30 +33,56 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts
 #
-# The sizes of Llama-2-70B: 80 layers, 64 query heads of 128 channels. Thirty-two texts are written together, in 16
-# bits. What passes through memory for one token, against the length of the texts, if every query head had keys and
-# values of its own, if eight share one (as they do in that model), and if all 64 share one:
+# Take the sizes of Llama-2-70B: 69 billion weights, 80 layers, 64 query heads of 128 channels, all numbers in 16 bits.
+# For each token the weights pass through memory once for all texts, and the cache of each text once. A cache holds a
+# key and a value, in each layer, for each of its heads. With as many of them as there are query heads, one text of
+# 4,096 tokens fills more than 10 GB; with 8, as in that model, an eighth of it.
 
 # %%
 lengths = [2**n for n in range(8, 15)]
-drawn, axes = figure(height=2.8)
-for count, role in ((64, "baseline"), (8, "method"), (1, "second")):
-    moved = [heads.decode_bytes(69_000_000_000, 80, count, 128, n, batch=32) / 1e9 for n in lengths]
-    axes.plot(lengths, moved, **series(role), label=f"{count} key/value heads")
-axes.loglog(base=2)
-axes.set(xlabel="tokens of each text", ylabel="GB per token", title="weights are the flat part")
-legend(axes)
+labels = [f"{n:,}" for n in lengths]
 assert heads.cache_bytes(80, 64, 128, 4096) > 10e9 and heads.cache_bytes(80, 8, 128, 4096) < 1.4e9
-drawn
+
+
+def gigabytes(count, texts):
+    """What passes through memory for one token, for each length, with `count` key/value heads."""
+    return [heads.decode_bytes(69_000_000_000, 80, count, 128, n, batch=texts) / 1e9 for n in lengths]
+
+
+# %% [markdown]
+# Thirty-two texts are written together. Where do the curves leave the dashed line, the weights' share?
+
+
+# %%
+def passing(texts=32):
+    drawn, axes = figure(height=2.8)
+    axes.axhline(2 * 69 / texts, **series("reference"), label="weights alone")
+    for count, role in ((64, "baseline"), (8, "method"), (1, "second")):
+        axes.loglog(lengths, gigabytes(count, texts), base=2, **series(role), label=f"key/value heads: {count}")
+    axes.set(xlabel="tokens of each text", ylabel="GB per token", xticks=lengths, xticklabels=labels)
+    axes.set_title("few key/value heads put the cache off")
+    axes.yaxis.set_major_formatter("{x:g}")
+    legend(axes)
+    return drawn
+
+
+# %% [markdown]
+# Each curve is weights plus cache.
+
+# %%
+explore(passing, texts=[1, 8, 32, 128])
 
 # %% [markdown]
 # At a few hundred tokens nothing but the weights counts. Then the cache takes over, the later the fewer heads it has.
-# It takes over room, too: with 64 heads, one text of 4,096 tokens holds more than 10 GB.
+# Turn the knob where the notebook is live: a single text waits mostly for the weights; the more texts share them, the
+# sooner the caches are what everything waits for. That is why servers, which batch, care most about heads.
 #
 # ## The idea
 #
-# Query head h reads the keys and values of head h // (H / Hkv): neighbours share. With Hkv = H that is multi-head
-# attention, with Hkv = 1 multi-query attention. Nothing else changes, so one function is enough for all three:
+# Let there be H query heads and Hkv heads of keys and values, and let neighbours share: query head h reads the keys
+# and values of head h // (H / Hkv). With Hkv = H that is multi-head attention (MHA), with Hkv = 1 multi-query attention
+# (MQA), between them grouped-query attention (GQA). Nothing else changes. Below, 8 query heads and 8, 2 or 1 of the
+# others give what attention gives if each key/value head is copied for everyone who reads it:
 
 # %%
 rng = np.random.default_rng(0)
@@ -66,25 +93,46 @@ for count in (8, 2, 1):
     np.testing.assert_allclose(heads.grouped_attention(q, k, v), everyone, atol=1e-12)
 
 # %% [markdown]
-# Which query head hears which key head? Change the values of one key head, and see whose output moves: of 8 query
-# heads, the first four read the first of 2, the others the second.
+# Which query head hears which key/value head? Change the values of one of them, and see whose output moves. With 2 of
+# them, whom will the first one reach: every other query head, or the first four?
+
 
 # %%
-k, v = rng.normal(size=(2, 1, 2, 5, 16))
-heard = np.zeros((2, 8), dtype=int)
-for head in range(2):
-    louder = v.copy()
-    louder[:, head] += 1
-    change = heads.grouped_attention(q, k, louder) - heads.grouped_attention(q, k, v)
-    heard[head] = np.abs(change).max(axis=(0, 2, 3)) > 0
-assert heard.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]
-heard
+def listeners(count):
+    """1 where a query head's output (column) moves with a key/value head's values (row), else 0."""
+    k, v = rng.normal(size=(2, 1, count, 5, 16))
+    before, heard = heads.grouped_attention(q, k, v), np.zeros((count, 8))
+    for head in range(count):
+        louder = v + (np.arange(count) == head)[:, None, None]
+        heard[head] = np.abs(heads.grouped_attention(q, k, louder) - before).max(axis=(0, 2, 3)) > 0
+    return heard
+
+
+# %% [markdown]
+# Yellow: this query head reads that key/value head. Live, choose their number: 8 give the diagonal of multi-head
+# attention, 1 the full row of multi-query attention.
+
+
+# %%
+def who_reads_whom(count=2):
+    drawn, axes = figure(width=5.0, height=1.5 + 0.25 * count)
+    axes.imshow(listeners(count), cmap="cividis", aspect="auto")
+    axes.grid(False)
+    axes.set(xlabel="query head", ylabel="key/value head", title="neighbours share", yticks=range(count))
+    return drawn
+
+
+assert listeners(2).tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]
+explore(who_reads_whom, count=[8, 4, 2, 1])
 
 # %% [markdown]
 # ## Positions
 #
-# Before queries and keys meet, pairs of their channels are turned by angles that grow with the position. A score then
-# depends on how far two tokens lie apart, not on where they stand. Keys are turned once, when they are cached.
+# Before queries and keys meet, both are turned (rotary embedding, RoPE): the D channels of a head are taken in D / 2
+# pairs, and at position p pair i is turned, as a point in the plane, by the angle p · 10000^(−2i / D). When two turned
+# vectors are multiplied, only the difference of their angles counts. So a score depends on how far two tokens lie
+# apart, not on where they stand: all entries of `scores` along a diagonal are equal. Keys are turned once, when they
+# are cached.
 
 # %%
 cos, sin = heads.rotary_tables(64, 16)
@@ -93,14 +141,24 @@ for layout in heads.LAYOUTS:
     turned = heads.rotate(same, cos, sin, layout)
     scores = turned @ turned.T
     np.testing.assert_allclose(np.diag(scores, -5), scores[5, 0], atol=1e-12)
-drawn, axes = figure(height=2.4)
-axes.plot(scores[:, 0], **series("method"))
-axes.set(xlabel="distance of two equal tokens", ylabel="score")
+
+# %% [markdown]
+# On the left the cosines: the first pair turns around every six tokens, the last hardly at all. On the right what that
+# does to the score of two equal tokens. The slow pairs make it fall with the distance, the fast ones add the waves.
+
+# %%
+drawn, (left, right) = panels(2, width=8.0, height=2.6)
+drawn.colorbar(left.imshow(cos.T, cmap="cividis", aspect="auto"), ax=left, label="cosine")
+left.grid(False)
+left.set(xlabel="position", ylabel="pair of channels", title="fast and slow pairs")
+right.plot(scores[:, 0], **series("method") | {"marker": ""})
+right.set(xlabel="distance of two equal tokens", ylabel="score", title="nearer counts more, in waves")
+assert scores[0, 0] == scores[:, 0].max()
 drawn
 
 # %% [markdown]
 # Two conventions are in use: a pair is (i, i + D/2), or (2i, 2i + 1). Whoever loads one with code for the other gets
-# nonsense and no error. They are the same after a permutation of the channels, exactly:
+# nonsense and no error. They are the same after a permutation of the channels, exactly. It is the last line:
 
 # %%
 x, order = rng.normal(size=(64, 16)), heads.half_split_order(16)
@@ -112,9 +170,9 @@ order
 # %% [markdown]
 # ## A trained model, converted
 #
-# Our base model has a key/value head for each of its query heads. To take some away, `pool_heads` averages the
-# projections of those that are to become one. The cache shrinks by exactly the ratio of the heads, measured here on
-# caches that a model has filled:
+# Our base model has a key/value head for each of its query heads. To take some away, `pool_heads` averages the rows of
+# the key and value matrices of those that are to become one. The cache shrinks by exactly the ratio of the heads. Here
+# are the bytes per token of caches that a model has filled, by the number of heads:
 
 # %%
 most = lab.config.kv_heads
@@ -129,9 +187,9 @@ assert all(held[count] * most == held[most] * count for count in held)
 held
 
 # %% [markdown]
-# But the heads had learned different things, and their mean is none of them. How different? Here is how much of the
-# keys' projections is left after averaging, in each layer, if the heads were alike: 1; if they had nothing in common:
-# 1 / √Hkv. It is close to the latter in every layer.
+# But is the mean of some heads still like any of them? It depends on what they have in common. Four vectors that point
+# the same way have a mean as long as they are; of four that are perpendicular, half of the length is left, 1 / √4.
+# Below, this for the key matrices of all heads of a layer, averaged into one. What do you expect of a trained model?
 
 # %%
 left = []
@@ -141,14 +199,15 @@ for block in lab.model().blocks:
     left.append(np.linalg.norm(pooled) / (np.linalg.norm(weight) / np.sqrt(most)))
 
 # %% [markdown]
-# Heads that had something in common would keep more of their norm than four that point anywhere.
+# The heads have learned different things: in every layer no more is left than of vectors that have nothing in common.
 
 # %%
-drawn, axes = figure(height=2.2)
+drawn, axes = figure(height=2.4)
 axes.bar([str(i) for i in range(len(left))], left, color=COLOURS["method"])
-axes.axhline(most**-0.5, **{**series("reference"), "marker": ""}, label="nothing in common")
-axes.set(xlabel="layer", ylabel="norm that is left", ylim=(0, 1))
-legend(axes)
+axes.axhline(1, color=COLOURS["muted"], label="all alike")
+axes.axhline(most**-0.5, **series("reference") | {"color": COLOURS["accent"]}, label="nothing in common")
+axes.set(xlabel="layer", ylabel="share of norm left", ylim=(0, 1.1), title="the mean of the heads is like none of them")
+legend(axes, loc="center", bbox_to_anchor=(0.5, 0.68), ncols=2)
 assert all(abs(share - most**-0.5) < 0.15 for share in left)
 drawn
 
@@ -157,7 +216,8 @@ drawn
 #
 # So pooling breaks the model, and the paper trains it a little more. This is the chapter's claim. The quick version
 # takes a few dozen steps, the recorded one 5% of the base model's. The unpooled model gets the same steps: what is won
-# back is measured against it as it came or as it then is, whichever is better.
+# back is measured against it as it came or as it then is, whichever is better. How much of the damage will a few dozen
+# steps repair: a tenth, a half, nearly all?
 
 # %%
 claim = heads.claim(lab)
@@ -166,7 +226,9 @@ claim.figure
 
 # %% [markdown]
 # More than half of what pooling broke comes back, and the order is the paper's: fewer heads, smaller cache, higher
-# perplexity.
+# perplexity. (The unpooled model, at the right end, gets a little worse: so few steps at such a rate disturb it first.)
+# The figure does not say that grouped heads must cost that much. A model that is trained with them from the start, as
+# Llama-2-70B was, loses far less.
 
 # %%
 after = [claim.numbers[f"perplexity, {count} kv heads, trained"] for count in heads.sweep(most)]
@@ -177,8 +239,9 @@ assert all(0.5 < claim.numbers[f"share of the loss won back, {n} kv heads"] < 1 
 # ## Texts of different lengths, decoded together
 #
 # A server writes many texts at once, and each is at another position. `rope_append` therefore takes a position for each
-# sequence: it cuts the projection into q, k and v, turns q and k, and puts k and v where that sequence's cache ends.
-# `decode_step` uses it in the model. Three texts of 5, 20 and 60 tokens get their next logits in one step:
+# sequence: it cuts what the input projection gave into q, k and v, turns q and k, and puts k and v where that
+# sequence's cache ends. `decode_step` uses it in the model. Below, three texts of 5, 20 and 60 tokens share each step,
+# and each gets the logits that it gets alone:
 
 # %%
 model, tokens, lengths = models[most], lab.validation[:3], torch.tensor([5, 20, 60])
@@ -206,7 +269,7 @@ sizes = {
 gpu = hardware.GPUS["H200"]
 drawn, axes = figure(height=1.5)
 axes.barh(list(sizes), [1e6 * size / gpu.bandwidth for size in sizes.values()], color=COLOURS["method"])
-axes.set(xlabel="least microseconds on an H200")
+axes.set(xlabel="least time on an H200, µs", title=f"{sizes['fused'] / 1e6:.0f} MB, and 4.5 times as much")
 assert sizes["one operator after the other"] == 4.5 * sizes["fused"]
 drawn
 

@@ -21,7 +21,7 @@ import torch
 from chapters import workbook
 from chapters.attention import lsh
 from chapters.explore import explore
-from chapters.figures import figure, heatmap, legend, series
+from chapters.figures import COLOURS, MARKERS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.shared.hashed_attention import LshAttend, exact_attend
 from kernels import bench, cases, check, hardware
@@ -33,8 +33,9 @@ D = lab.config.head_dim
 # %% [markdown]
 # ## What hurts
 #
-# Reformer uses one projection for queries and keys: a token's query is its key. Here are the real model's keys of one
-# text, used so. Sort each query's weights by size: how much of the softmax do its largest few hold?
+# Reformer uses one projection for queries and keys: a token's query is its key. Here are the real model's keys of two
+# texts, used so: the score of two tokens is the product of their keys, one of them divided by its length. Sort each
+# query's weights by size: how much of the softmax do its largest few hold?
 
 # %%
 seen = []
@@ -48,23 +49,42 @@ scores = np.where(np.tri(128, dtype=bool)[64:], scores, -np.inf)
 weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
 
 # %% [markdown]
-# In the last layer, and for queries that see 64 keys or more:
+# In the last layer, and for queries that see 64 keys or more, 96 on average. Whoever knew the best sixteen of them
+# would have more than half of what attention does, for a sixth of the work:
 
 # %%
 largest = -np.sort(-weights, axis=-1)
-drawn, axes = figure(width=5.0, height=2.5)
+drawn, axes = figure(height=2.6)
 axes.plot(range(1, 65), largest.cumsum(-1).mean((0, 1, 2))[:64], **series("method") | {"marker": ""}, label="largest")
-axes.plot([1, 64], [1 / 96, 64 / 96], **series("muted"), label="any")
-axes.set(xlabel="keys", ylabel="share of the softmax", ylim=(0, 1))
+axes.plot([1, 64], [1 / 96, 64 / 96], **series("muted"), label="drawn at random")
+axes.set(xlabel="keys", ylabel="share of the softmax", ylim=(0, 1), title="a few keys hold most of the weight")
 legend(axes)
-assert largest[..., :16].sum(-1).mean() > 2 * 16 / 96
+assert largest[..., :16].sum(-1).mean() > 0.5
 drawn
 
 # %% [markdown]
 # ## A hash that keeps neighbours together
 #
 # Rotate a vector at random and note which axis it then lies closest to, and on which side: that is its bucket. No
-# distance is computed. Two vectors at a small angle nearly always share it, opposite ones never.
+# distance is computed. Here are all directions in the plane, three times, each time with rotations of its own and the
+# four buckets that they make, a marker and a shade for each. Follow the two lines, 25 degrees apart: do they share a
+# bucket each time?
+
+# %%
+turns = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+circle = np.stack([np.cos(turns), np.sin(turns)], axis=-1)
+drawn, axes = panels(3, width=6.6, height=2.3, sharey=True)
+for place, found in zip(axes, lsh.hash_buckets(circle, np.random.default_rng(4).normal(size=(2, 3, 2))), strict=True):
+    for bucket, role in enumerate(("method", "baseline", "second", "muted")):
+        place.plot(*circle[found == bucket].T, MARKERS[role], color=COLOURS[role], markersize=5)
+    for degrees in (10, 35):
+        place.plot([0, np.cos(np.radians(degrees))], [0, np.sin(np.radians(degrees))], color=COLOURS["reference"])
+    place.set(xticks=[], yticks=[], aspect="equal")
+drawn
+
+# %% [markdown]
+# Now and then an edge falls between them: that is why several rounds are better than one. How often do two vectors
+# share one of 16 buckets, in as many dimensions as the model's keys have? Over 2,000 rounds:
 
 # %%
 rotations = np.random.default_rng(0).normal(size=(D, 2000, 8))
@@ -72,9 +92,9 @@ angles = np.linspace(0, np.pi, 13)
 pairs = np.zeros((13, 2, D))
 pairs[:, 0, 0], pairs[:, 1, 0], pairs[:, 1, 1] = 1, np.cos(angles), np.sin(angles)
 shared = [np.mean(np.equal(*lsh.hash_buckets(pair, rotations).T)) for pair in pairs]
-drawn, axes = figure(width=5.0, height=2.4)
+drawn, axes = figure(height=2.4)
 axes.plot(np.degrees(angles), shared, **series("method"))
-axes.set(xlabel="angle, degrees", ylabel="share one of 16 buckets")
+axes.set(xlabel="angle, degrees", ylabel="share of rounds", title="near vectors often meet, opposite ones never")
 assert shared[0] == 1 and shared[-1] == 0 and all(np.diff(shared) <= 0.02)
 drawn
 
@@ -93,27 +113,58 @@ print("tokens of the first chunk:", first[1][0, 0], "\ntheir buckets:", buckets[
 assert (np.diff(buckets[0, 0, 0][first[1][0, 0]]) >= 0).all()
 
 # %% [markdown]
+# What does sorting do to the scores? On the left how alike the keys of one head are, in the order of the text; on the
+# right the same numbers after the rows and the columns were sorted by bucket. What is alike has moved to the diagonal,
+# and only along the diagonal scores are computed. (`at_home` says how alike tokens are that stand less than a chunk
+# apart.)
+
+# %%
+unit = keys[0][0, 2] / np.linalg.norm(keys[0][0, 2], axis=-1, keepdims=True)
+alike, order = np.maximum(unit @ unit.T, 0), np.argsort(buckets[0, 2, 0], kind="stable")
+drawn, axes = panels(2, width=7.2, height=2.8)
+at_home = []
+for place, matrix, name in zip(axes, (alike, alike[np.ix_(order, order)]), ("the text", "buckets"), strict=True):
+    heatmap(place, matrix, "cosine, 0 if negative", limit=1)
+    place.set(xlabel="key", ylabel="query", title=f"in the order of {name}", xticks=range(0, 128, 32))
+    at_home.append(matrix[np.abs(np.subtract.outer(np.arange(128), np.arange(128))) < chunk].mean())
+assert at_home[1] > 1.1 * at_home[0]
+drawn
+
+# %% [markdown]
+# This is a head of the first layer. In later layers neighbours in the text are alike already, partly because keys are
+# turned by their position. For those the text is well sorted as it is: a rival that we shall meet again.
+
+# %%
+unit = keys[-1] / np.linalg.norm(keys[-1], axis=-1, keepdims=True)
+alike = np.maximum(unit @ unit.swapaxes(-1, -2), 0)
+neighbours = np.abs(np.subtract.outer(np.arange(128), np.arange(128))) < chunk
+assert alike[..., neighbours].mean() > 1.2 * alike.mean()
+
+# %% [markdown]
 # Which pairs meet? Each row of the picture is a query, each column a key, and colour counts the rounds in which they
-# met. More rounds fill it in, first where vectors are close. "none" hashes nothing: all tokens fall into one bucket,
-# the sorted order is that of the text, and a chunk is a window.
+# met. More rounds fill it in, first where vectors are close. Live, change the rounds; "none" hashes nothing: all tokens
+# fall into one bucket, the sorted order is that of the text, and a chunk is a window.
 
 
 # %%
 def drawn_meetings(rounds=4, hashes="lsh"):
     """How often each of 64 queries meets each key before it, in one head of the first layer."""
     found = LshAttend(rounds, 8, hashes).buckets(torch.from_numpy(keys[0])).numpy()
-    drawn, axes = figure(width=4.0, height=2.8)
-    heatmap(axes, lsh.times_seen(found, 8)[0, 0, :64, :64], "meetings")
+    drawn, axes = figure(width=4.4, height=3.0)
+    heatmap(axes, lsh.times_seen(found, 8)[0, 0, :64, :64], "rounds")
+    axes.set(xlabel="key", ylabel="query", title=f"who met, in {rounds} round{'s' * (rounds > 1)}")
     return drawn
 
 
-explore(drawn_meetings, rounds=[1, 2, 8], hashes=["lsh", "none"])
+explore(drawn_meetings, rounds=[1, 2, 4, 8], hashes=["lsh", "none"])
 
 # %% [markdown]
 # ## Merge
 #
-# Every round leaves an output and the log of its sum of exponentials, and that is all a merge needs, as between the
-# runs of Flash-Decoding. With repeats taken out, the result is exactly attention to the union of what was seen:
+# Every round leaves an output and the log of its sum of exponentials, its lse, and that is all a merge needs, as
+# between the runs of Flash-Decoding: a round weighs exp(lse of the round − lse of all). A pair that met several times
+# would count several times; with repeats taken out (`dedup`), the result is exactly attention to the union of what was
+# seen:
 
 # %%
 k, v = keys[0], np.random.default_rng(2).normal(size=keys[0].shape)
@@ -134,9 +185,10 @@ np.testing.assert_allclose(lsh.lsh_attention(k, v, alone, 128)[0], lsh.shared_at
 # %% [markdown]
 # ## What it finds
 #
-# The claim trains the base model on for some steps with its keys as queries, which costs perplexity by itself, and
-# then puts LSH in place of exact attention. Two controls: random buckets, to see what the hash is worth, and windows
-# of the same chunks, to see what sorting is worth.
+# The claim trains the base model on for some steps with its keys as queries, which costs perplexity by itself, and then
+# puts LSH in place of exact attention. Two controls: random buckets, to see what the hash is worth, and windows of the
+# same chunks, to see what sorting is worth. On the left the share of the softmax that is found, on the right what the
+# model pays for the rest. From how many rounds on will LSH beat the window?
 
 # %%
 claim = lsh.claim(lab)
@@ -168,18 +220,19 @@ assert changed.any()
 # %% [markdown]
 # ## What it costs
 #
-# Operations of one head. Attention inside chunks grows with the length; hashing into as many buckets as chunks still
-# grows with its square, only 1 / chunk as steeply. The paper cuts long hashes in two for that reason.
+# Operations of one head of 128 channels. Attention inside chunks grows with the length; hashing into as many buckets as
+# there are chunks still grows with its square, only 1 / chunk as steeply. The paper cuts long hashes in two for that
+# reason.
 
 # %%
 lengths = [2**n for n in range(8, 18)]
 counted = [lsh.lsh_operations(n, 128, 64, 4, n // 64) for n in lengths]
-drawn, axes = figure(width=4.6, height=2.6)
+drawn, axes = figure(height=2.8)
 axes.plot(lengths, [lsh.exact_operations(n, 128) for n in lengths], **series("baseline"), label="exact")
 axes.plot(lengths, counted, **series("method"), label="LSH, 4 rounds of 64")
-axes.plot(lengths, [lsh.lsh_operations(n, 128, 64, 4, 0) for n in lengths], **series("muted"), label="without hashing")
+axes.plot(lengths, [lsh.lsh_operations(n, 128, 64, 4, 0) for n in lengths], **series("muted"), label="hashes for free")
 axes.loglog()
-axes.set(xlabel="tokens", ylabel="operations")
+axes.set(xlabel="tokens", ylabel="operations", title="LSH is for long texts")
 legend(axes)
 drawn
 
@@ -193,8 +246,9 @@ assert counted[0] > lsh.exact_operations(lengths[0], 128) and counted[-1] < lsh.
 # ## The kernel
 #
 # A program takes a chunk of the sorted order and gathers its queries, keys and values from where they lie; no sorted
-# copy is made. It leaves each round's result at its token's place, and a second kernel merges. The floor is the bytes
-# of inputs and outputs; every round reads the inputs again.
+# copy is made. It leaves each round's result at its token's place, and a second kernel merges. Inputs and outputs pass
+# through memory at least once, and pairs inside of chunks must be multiplied; the floor is the longer of the two. With
+# few rounds that is nearly the bytes, with many the products.
 
 # %%
 gpu = hardware.GPUS["H200"]
@@ -226,6 +280,8 @@ if not bench.recorded("attention.lsh"):
 
 # %% [markdown]
 # ## Your turn
+#
+# The tests say what is left to you: the buckets, who meets whom, attention round by round, and both kernels.
 #
 # ```
 # python -m chapters exercise lsh --to my

@@ -22,6 +22,7 @@ import torch
 from chapters import workbook
 from chapters.attention import paged
 from chapters.attention.paged import BlockManager
+from chapters.explore import explore
 from chapters.figures import COLOURS, figure, heatmap, legend, series
 from chapters.lab import Lab
 from chapters.shared.paged_cache import PagedCache, Pool, attend
@@ -36,17 +37,31 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts
 #
-# Here are twenty-four requests as people make them: most are short, a few long, and nobody knows beforehand. Each bar
-# is what a request will need at its end, prompt and answer; the line is what must be reserved if it must be in one
-# piece, because any of them might become that long.
+# Here are twenty-four requests as people make them: most are short, a few long, and nobody knows beforehand. A filled
+# bar is what a request will need at its end, a position for each token of prompt and answer. Hatched is what must be
+# reserved, for any of them might become as long as the model's context.
 
 # %%
 requests, context = draw_requests(lab, 0, 24), lab.config.context
 ends = sorted(len(request.prompt) + request.count for request in requests)
-drawn, axes = figure(height=2.4)
-axes.bar(range(24), ends, color=COLOURS["method"])
-axes.axhline(context, **series("baseline") | {"marker": ""})
-axes.set(xlabel="request", ylabel="positions")
+
+
+def reserved(size=16):
+    """What the requests use, and what they hold in whole pieces of `size` positions."""
+    held = [-(-n // size) * size for n in ends]
+    drawn, axes = figure(height=2.6)
+    axes.bar(range(24), held, color="white", edgecolor=COLOURS["baseline"], hatch="////")
+    axes.bar(range(24), ends, color=COLOURS["method"])
+    axes.set(xlabel="request, the shortest first", ylabel="positions", ylim=(0, 1.02 * context))
+    return drawn, axes, f"pieces of {size}: {1 - sum(ends) / sum(held):.0%} of the memory is empty"
+
+
+# %% [markdown]
+# Below, one piece of the whole context for each:
+
+# %%
+drawn, axes, title = reserved(context)
+axes.set_title(title)
 assert np.mean(ends) < 0.5 * context
 drawn
 
@@ -55,7 +70,7 @@ drawn
 #
 # Cut the memory into blocks of B positions. A sequence owns a list of blocks, its table: position j lies in block
 # `table[j // B]`, slot `j % B`. The blocks may lie anywhere, and only the last one is not full. `BlockManager` keeps
-# the books; it deals in ids and has no memory itself.
+# the books; it deals in ids and has no memory itself. Here two sequences of 10 and 5 positions, and B = 4:
 
 # %%
 manager = BlockManager(blocks=12, block_size=4)
@@ -67,19 +82,28 @@ print(manager.tables)
 assert len(manager.tables[0]) == 4 and len(manager.tables[1]) == 2
 
 # %% [markdown]
-# Less than a block is empty per sequence, whatever its length. Half a block on average, if lengths are even: so the
-# smaller the blocks, the less is wasted, and the longer the tables.
+# Less than a block is empty per sequence, whatever its length, and half a block on average, if all lengths are equally
+# likely. How much of the memory of the requests above will be empty in blocks of 16?
 
 # %%
 lengths = np.arange(1, 257)
-drawn, axes = figure(height=2.4)
-for size, role in ((16, "method"), (64, "accent")):
+for size in (16, 64):
     held = np.array([BlockManager(64, size).blocks_for(n) * size for n in lengths])
     assert (held - lengths < size).all() and np.isclose((held - lengths).mean(), (size - 1) / 2)
-    axes.plot(lengths, 1 - lengths / held, **series(role) | {"marker": ""}, label=f"blocks of {size}")
-axes.set(xlabel="positions", ylabel="part that is empty")
-legend(axes)
-drawn
+
+
+def in_blocks(size=16):
+    drawn, axes, title = reserved(size)
+    axes.set_title(f"{title}; {sum(-(-n // size) for n in ends)} table entries")
+    return drawn
+
+
+# %% [markdown]
+# The smaller the blocks, the less is wasted, and the longer the tables. Live, turn the knob from a table entry for each
+# token to the single piece of above.
+
+# %%
+explore(in_blocks, size=[1, 4, 16, 64, 128, context])
 
 # %% [markdown]
 # ## Copy on write
@@ -105,16 +129,18 @@ owned = np.full((3, 12), np.nan)
 for sequence, table in manager.tables.items():
     owned[sequence, table] = [manager.owners[block] for block in table]
 drawn, axes = figure(width=5.6, height=1.8)
-heatmap(axes, owned, "owners", digits=0)
-axes.set(xlabel="block", ylabel="sequence")
+heatmap(axes, owned, "owners", limit=5, digits=0)
+axes.set(xlabel="block", ylabel="sequence", title="five blocks hold what would take nine")
+assert np.isfinite(owned).any(axis=0).sum() == 5 and np.isfinite(owned).sum() == 9
 drawn
 
 # %% [markdown]
 # ## Attention through a table
 #
 # `paged_attention` is attention as ever, but for where it finds its keys. Queries of several sequences stand end to
-# end: here one decodes its eleventh token while another brings a whole prompt of six. Keys of unused slots are NaN, and
-# the second table ends in an id that no block has. Neither is read.
+# end: here one decodes its eleventh token while another brings a whole prompt of six. Keys of unused slots are NaN (not
+# a number, and whatever it is added to becomes NaN), and the second table ends in an id that no block has. The output
+# is finite: neither was read.
 
 # %%
 rng = np.random.default_rng(0)
@@ -128,10 +154,23 @@ out = paged.paged_attention(rng.normal(size=(7, 2, 16)), keys, values, tables, n
 assert out.shape == (7, 2, 16) and np.isfinite(out).all()
 
 # %% [markdown]
-# ## Behind the model's seam
+# This is the pool: dark the first sequence, bright the second, the number is the position. Grey slots are the NaN.
+
+# %%
+drawn, axes = figure(width=4.0, height=2.8)
+whose = np.full((8, 4), np.nan)
+for sequence, (length, ink) in enumerate(((11, "white"), (6, "black"))):
+    for j in range(length):
+        whose[tables[sequence, j // 4], j % 4] = sequence
+        axes.text(j % 4, tables[sequence, j // 4], f"{j}", color=ink, ha="center", va="center")
+heatmap(axes, whose, "sequence", limit=1.6)
+axes.set(xlabel="slot", ylabel="block", title="scattered, and found by the table")
+drawn
+
+# %% [markdown]
+# ## In the model
 #
-# `PagedCache` is a cache like any other: the model does not see that its keys lie in pieces. Four answers to one
-# prompt, each sampled by another seed, are one prefill and three forks.
+# `PagedCache` is a cache like any other: the model does not see that its keys lie in pieces, and writes the same text.
 
 # %%
 model, prompt = lab.model(), lab.validation[:1, :40]
@@ -141,7 +180,9 @@ assert torch.equal(generate(model, prompt, 30, cache=PagedCache(pool)), alone)
 print(lab.tokenizer.decode(alone[0, 40:].tolist()))
 
 # %% [markdown]
-# Four answers to one prompt share its blocks, and each copies only the block in which it begins to differ.
+# Four answers to one prompt, each drawn with another seed, are one pass over the prompt and three forks. They share its
+# blocks, and each copies only the block in which it begins to differ. How much does that save in the end, when the
+# answers are as long as the prompt?
 
 # %%
 answers = [Request(prompt[0].tolist(), 40, temperature=1.0, seed=seed) for seed in range(4)]
@@ -150,7 +191,7 @@ steps = serve(lab.model(attend=attend), pool, answers, share=True)
 drawn, axes = figure(height=2.4)
 axes.plot([step.apart for step in steps], **series("baseline"), markevery=10, label="each its own")
 axes.plot([step.blocks for step in steps], **series("method"), markevery=10, label="shared")
-axes.set(xlabel="pass of the model", ylabel="blocks")
+axes.set(xlabel="pass of the model", ylabel="blocks in use", ylim=(0, None), title="the prompt is held once")
 legend(axes)
 assert all(step.blocks < step.apart for step in steps)
 drawn
@@ -160,7 +201,8 @@ drawn
 #
 # `serve` steps all requests that fit, each at a position of its own, and lets in the next when one is done. When the
 # pool runs out, the request that came last goes back to wait and is computed again later. The claim does this with the
-# requests from above, on a pool of two contexts, and compares every token with generating each request alone.
+# requests from above, on a pool of two contexts, and compares every token with generating each request alone. In one
+# piece each, two requests would fit. How many will run at a time in blocks?
 
 # %%
 claim = paged.claim(lab)
@@ -168,8 +210,11 @@ print(claim.sentence)
 claim.figure
 
 # %% [markdown]
-# The paper measured that earlier systems left 60 to 80% of this memory empty. Ours would, too. Blocks leave a few
-# percent: half a block for each, and our texts are a quarter as long as the paper's.
+# What is in blocks (solid) stays close to what is held (dotted) and under the line of the pool, until requests run out;
+# to reserve a context for each of those that run would take many times the pool. The paper measured that earlier
+# systems left 60 to 80% of this memory empty. Ours would, too. Blocks leave a few percent: half a block for each, and
+# our texts are a quarter as long as the paper's. What the figure does not show is speed: more requests at a time make a
+# server faster only because a step, which reads all weights, then serves more of them.
 
 # %%
 assert claim.holds and claim.numbers["tokens that differ from generating alone"] == 0
@@ -182,15 +227,16 @@ assert claim.numbers["sequences at a time, blocks"] > 2
 #
 # A decode step reads each key and value once and does next to nothing with it, so time is bytes. The naive way gathers
 # the blocks of every sequence into one piece and attends to that: read, written, read again. The kernel follows the
-# table, 4 bytes a block. Here for 16 sequences of 8192 tokens in a layer of Llama-3-8B:
+# table, 4 bytes a block. Here for 16 sequences of 8,192 tokens in a layer of Llama-3-8B: keys and values, 8 heads of
+# 128 channels, 2 bytes a number.
 
 # %%
 case, gpu = kernel.CASES[1], hardware.GPUS["H200"]
 numbers = 2 * 16 * 8192 * 8 * 128
-moved = {"gather, then attend": 6 * numbers, "through the table": case.bytes}
+moved = {"gather, then attend": 3 * 2 * numbers, "through the table": case.bytes}
 drawn, axes = figure(height=1.6)
 axes.barh(list(moved), [1e6 * size / gpu.bandwidth for size in moved.values()], color=COLOURS["method"])
-axes.set(xlabel="least microseconds on an H200")
+axes.set(xlabel="least time on an H200, µs", title=f"{case.bytes / 1e6:.0f} MB, or three times as much")
 assert 2.9 < moved["gather, then attend"] / moved["through the table"] < 3
 drawn
 

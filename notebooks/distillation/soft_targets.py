@@ -19,11 +19,12 @@ import torch
 
 from chapters import workbook
 from chapters.distillation import soft_targets
+from chapters.explore import explore
 from chapters.figures import COLOURS, figure, legend, series
 from chapters.lab import Lab
 from chapters.shared import student_lab
 from chapters.shared.memory import peak_bytes
-from kernels import bench, check
+from kernels import bench, cases, check, hardware
 
 torch.set_num_threads(1)  # so small a model is fastest on one
 lab = Lab()
@@ -32,8 +33,9 @@ teacher = lab.model()
 # %% [markdown]
 # ## What hurts
 #
-# Half of the layers cost half of the time. Taking them out is easy, and breaks the model: every other layer of the
-# teacher is no model of its own. Something has to teach it.
+# Half of the layers cost half of the time. Taking every other one out is easy. What do you expect of the rest, which
+# was never trained to work without them? Perplexity is how many tokens the model wavers between, on average, if it
+# found them equally likely; the teacher comes first.
 
 # %%
 student = student_lab.from_teacher(teacher, layers=2)
@@ -44,39 +46,66 @@ print(
 assert cut > 1.5 * whole
 
 # %% [markdown]
+# The rest is no model of its own. Something has to teach it.
+#
 # ## The idea
 #
-# Here is how likely the teacher finds each token of its vocabulary after a few words, the likeliest first, at three
-# temperatures. The order never changes. But at T = 1 the loss sees little beyond the first few; as T rises the line
-# flattens, and what is possible stands apart from what is not: that is what the text alone does not say.
+# "Return the absolute", and then? The text says: this one token. The teacher says of every token of its vocabulary how
+# likely it is, and so also which ones would have done as well. Its probabilities are softmax(z / T) of its scores z,
+# the logits; T is the temperature, 1 when it writes.
 
 # %%
 words = "Return the absolute"
 ids = torch.tensor([[lab.tokenizer.begin, *lab.tokenizer.encode(words)]])
 ranked = teacher(ids)[0, -1].detach().sort(descending=True)
+
+
+def likeliest(T=1):
+    held = (ranked.values / T).softmax(-1)
+    drawn, axes = figure(height=2.8)
+    axes.barh([repr(lab.tokenizer.decode([int(i)])) for i in ranked.indices[:9]], held[:9], color=COLOURS["method"])
+    axes.invert_yaxis()
+    axes.set(xlabel="probability", title=f"T = {T}: all other tokens together have {held[9:].sum():.0%}")
+    return drawn
+
+
+# %% [markdown]
+# Its nine favourites. Live, raise the temperature. What happens to their order, and what to the tokens not shown?
+
+# %%
+explore(likeliest, T=[1, 2, 4, 8])
+
+# %% [markdown]
+# Here is the whole vocabulary, the likeliest token first, at three temperatures. The order never changes. At T = 1 a
+# token of the first ranks counts a thousand times as much as one of the last thousand, so the loss is about the few
+# likeliest. As T rises the line flattens, and more of the teacher's ranking enters. With too high a T all tokens count
+# nearly alike, and what the teacher knows best is drowned by what it hardly knows.
+
+# %%
 drawn, axes = figure(height=2.8)
 for T, role in ((1, "method"), (2, "baseline"), (4, "second")):
     held = (ranked.values / T).softmax(-1)
     axes.plot(np.arange(1, len(held) + 1), held, **(series(role) | {"marker": ""}), label=f"T = {T}")
 axes.set(xscale="log", yscale="log", xlabel="rank of the token", ylabel="probability")
+axes.set_title("temperature flattens, and keeps the order")
 legend(axes)
 drawn
 
 # %% [markdown]
-# The first of them, by name, and what the others hold together:
+# As ranges: the higher T, the more is left for all but the first eight, and the less the first is ahead of the last.
 
 # %%
-print(words, "|", [lab.tokenizer.decode([int(i)]) for i in ranked.indices[:8]])
-others = [float((ranked.values / T).softmax(-1)[8:].sum()) for T in (1, 2, 4)]
-print("all but these eight:", ", ".join(f"{share:.0%}" for share in others))
-assert others[0] < others[1] < others[2], "the higher T, the more is left for the others"
+held = [(ranked.values / T).softmax(-1) for T in (1, 2, 4)]
+assert held[0][8:].sum() < held[1][8:].sum() < held[2][8:].sum()
+assert held[0][0] / held[0][-1000] > 1000 > held[2][0] / held[2][-1000]
 
 # %% [markdown]
 # ## The loss, and why it has a T²
 #
-# Per token the loss is KL(p ‖ q) between both distributions at temperature T, summed over the vocabulary. Its gradient
-# in the student's logits is (q − p) / T, and q − p itself shrinks about as 1 / T. So without a factor, raising T would
-# turn the soft targets down against the hard ones. Times T² they weigh about the same.
+# Let p be the teacher's probabilities at temperature T and q the student's. Per token the loss is the divergence
+# KL(p ‖ q) = Σ p log(p / q), summed over the vocabulary: 0 if they agree. Its gradient in the student's logits is
+# (q − p) / T, and q − p itself shrinks about as 1 / T. So without a factor, raising T would turn the soft targets down
+# against the hard ones, the tokens of the text, whose loss has no T. Times T² they weigh about the same.
 
 # %%
 rng = np.random.default_rng(0)
@@ -96,7 +125,7 @@ assert sizes[0] > 50 * sizes[-1] / temperatures[-1] ** 2
 drawn, axes = figure(height=2.6)
 axes.plot(temperatures, sizes, **series("method"), label="with T²")
 axes.plot(temperatures, sizes / temperatures**2, **series("baseline"), label="without")
-axes.set(xscale="log", yscale="log", xlabel="temperature", ylabel="size of the gradient")
+axes.set(xscale="log", yscale="log", xlabel="temperature T", ylabel="size of gradient", title="T² keeps the balance")
 axes.set_xticks(temperatures, [f"{T:.0f}" for T in temperatures])
 axes.minorticks_off()
 legend(axes)
@@ -116,8 +145,9 @@ assert np.isclose(right / careless, 500)
 # ## In the model
 #
 # DistilBERT's student starts as every other layer of its teacher and learns from three things: soft targets, the text,
-# and the direction of the teacher's last hidden states. The claim gives the same student the same steps on the same
-# tokens twice, once with a teacher and once without.
+# and the direction of the teacher's last hidden states (the triple loss). The claim gives the same student the same
+# steps on the same tokens twice, once with a teacher and once with the text alone. A few dozen steps: how far will each
+# get from where you saw it, towards the teacher?
 
 # %%
 claim = soft_targets.claim(lab)
@@ -125,7 +155,9 @@ print(claim.sentence)
 claim.figure
 
 # %% [markdown]
-# The taught student is ahead. It is also far from its teacher: DistilBERT trained for days, this one for seconds.
+# Both have won back a good part of what the cut cost, and the taught student is ahead. It is also far from its teacher:
+# DistilBERT trained for days, this one for seconds. One seed and one length of training do not show how large the lead
+# is, nor that the teacher, who had to be run as well, was worth its time.
 # `python -m chapters claim soft_targets --full` trains longer, with three seeds, and also gives the student without a
 # teacher the operations that the teacher's forward passes cost.
 
@@ -153,9 +185,20 @@ plain = peak_bytes(lambda: soft_targets.soft_and_hard(x.requires_grad_(), y, at)
 fused = {"gradient of its own": x.nbytes, "in place": 0}  # and 20 bytes a token
 drawn, axes = figure(height=2.2)
 axes.barh(["plain operators", *fused], [size / x.nbytes for size in (plain, *fused.values())], color=COLOURS["method"])
-axes.set(xlabel="tensors of the size of the logits, besides the logits")
+axes.set(xlabel="extra tensors of the size of the logits", title="the fused kernel keeps no softmax in memory")
 assert plain > 4 * x.nbytes
 drawn
+
+# %% [markdown]
+# Memory is also time. To compute the loss, both rows of logits have to be read once; for the gradient they are read
+# again and it is written. With 4,096 tokens at a time, in bfloat16, an H200 needs at least
+
+# %%
+gpu = hardware.GPUS["H200"]
+for case in cases.cases("distillation.soft_targets")[1:4:2]:
+    floor = 1e6 * hardware.floor_seconds(case, gpu)
+    print(f"{case.name:40} {case.bytes / 1e9:.1f} GB, {floor:4.0f} µs")
+    assert hardware.floor_seconds(case, gpu) == case.bytes / gpu.bandwidth
 
 # %% [markdown]
 # The kernel reads a row in blocks and keeps a running maximum of either model; when one grows, the sums so far are
@@ -215,3 +258,4 @@ if not bench.recorded("distillation.soft_targets"):
 # %%
 for exercise in workbook.choose(workbook.exercises(), ["soft_targets"]):
     print(f"{exercise.points} points  {exercise.function}")
+assert len(workbook.choose(workbook.exercises(), ["soft_targets"])) == 5

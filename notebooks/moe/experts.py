@@ -9,8 +9,9 @@
 # %% [markdown]
 # # Experts: many small products, or one
 #
-# A gate has said which expert each token goes to. The work that follows is little, but awkward: eight matrices, each
-# for another handful of rows that lie all over the batch. This notebook sorts the rows, multiplies them in one go,
+# In a mixture of experts, several feed-forward layers stand side by side, and a gate has said which of these experts
+# each token goes to (the chapter on routing tells how). The work that follows is little, but awkward: eight matrices,
+# each for another handful of rows that lie all over the batch. This notebook sorts the rows, multiplies them in one go,
 # and brings them back, and shows what that costs and whether a mixture is worth it.
 
 # %%
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 
 from chapters import claims, workbook
-from chapters.figures import figure, legend, series
+from chapters.figures import COLOURS, figure, legend, panels, series
 from chapters.lab import Lab
 from chapters.moe import experts, routing
 from chapters.runner import timed
 from chapters.shared import moe_lab
-from kernels import bench, cases, check
+from kernels import bench, cases, check, hardware
 
 torch.set_num_threads(1)  # so small a model is fastest on one
 lab = Lab()
@@ -31,9 +32,9 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts
 #
-# Take the base model, copy each feed-forward layer eight times and let an untrained gate send each token to two of the
-# copies. They are all alike and their weights sum to 1, so this computes what the model did before, and nothing else
-# changes.
+# Take the book's base model, copy each feed-forward layer eight times and let an untrained gate send each token to two
+# of the copies. They are all alike and their weights sum to 1, so this computes what the model did before, and nothing
+# else changes. How much longer does it take?
 
 # %%
 gate = routing.Gate(k=2, factor=None, renormalise="before")
@@ -82,6 +83,23 @@ print(source)
 assert (expert.ravel()[order[:7]] == np.repeat([0, 1, 2], np.diff(offsets))).all()
 
 # %% [markdown]
+# The same on the model: the choices of 64 tokens in its first layer. On the left as they lie in the batch, each
+# expert's all over the place. On the right the same choices sorted: every expert has one run of rows, and the lines
+# between them are the offsets.
+
+# %%
+moes = [module for module in model.modules() if isinstance(module, moe_lab.MoE)]
+given = moes[0].routing.expert[:64].numpy()
+rows, ends = experts.permute(given, np.ones_like(given, dtype=bool), 8)
+drawn, axes = panels(2, width=8.4, height=2.4, sharey=True)
+for place, taken, title in zip(axes, (given.ravel(), given.ravel()[rows]), ("as they lie", "sorted"), strict=True):
+    place.scatter(range(128), taken, s=9, color=COLOURS["method"])
+    place.set(xlabel="row (choice of a token)", title=title, yticks=range(8))
+axes[1].vlines(ends, -0.5, 7.5, color=COLOURS["muted"], linewidth=0.8)
+axes[0].set_ylabel("expert")
+drawn
+
+# %% [markdown]
 # ## Multiply
 #
 # Each run of rows meets one matrix. `source` says where a row of x stands, so no sorted copy is needed. Rows that
@@ -122,8 +140,9 @@ for bad in (offsets[:3], offsets + 1, offsets[::-1]):
 # %% [markdown]
 # ## In the model
 #
-# `stacked` puts the experts of a layer into two tensors and sorts instead of looking. The logits stay. On a CPU the
-# products are the same; what is saved is the small steps around them, which count the more, the fewer rows a run has.
+# `stacked` puts the experts of a layer into two tensors and sorts instead of looking. The logits stay. What do you
+# expect of the time? On a CPU the products are the same and take most of it, so hardly anything is gained. It is a GPU
+# that waits for launches, and for whoever asks it which tokens an expert has.
 
 # %%
 for block in model.blocks:
@@ -137,7 +156,8 @@ print(f"a loop over experts {1e3 * looped:.0f} ms, sorted {1e3 * grouped:.0f} ms
 #
 # A decode step has one token for each sequence. It reads the experts that these chose, and memory is what it waits for.
 # One sequence reads k of E; with even gates that choose independently, T sequences read E (1 - (1 - k / E)^T). Soon
-# that is nearly all of them: a mixture decodes cheaply for one reader, or for very many, and least so in between.
+# that is nearly all of them: a mixture decodes cheaply for one reader, or for very many, who share what is read, and
+# least so in between.
 
 # %%
 counts = np.array([1, 2, 4, 8, 16, 32])
@@ -184,10 +204,29 @@ assert record is None or record["numbers"]["weights, 8 experts / dense"] > 1.5
 # size operations decide. For four tokens the weights are nearly all that moves.
 
 # %%
+h200 = hardware.GPUS["H200"]
 for case in cases.cases("moe.experts"):
-    seconds = case.bytes / 4.8e12, case.operations / 989e12
+    seconds = case.bytes / h200.bandwidth, case.operations / h200.bf16
     limit = "memory" if seconds[0] > seconds[1] else "operations"
     print(f"{case.name:52} {case.bytes / 1e6:6.0f} MB, at least {1e6 * max(seconds):5.0f} µs on an H200: {limit}")
+    assert (limit == "memory") == ("T=4 " in case.name or "T=16 " in case.name)
+
+# %% [markdown]
+# The same as a roofline: how many operations a second an H200 can do at the most, if it does so many for each byte that
+# it moves. Left of the bend memory is the limit, right of it arithmetic. Cases of few tokens (squares) stand far to the
+# left: each weight that is read meets a handful of rows. Those of 4096 tokens (dots) stand under the flat roof.
+
+# %%
+drawn, axes = figure(height=2.8)
+intensity = np.logspace(0, 4, 100)
+roof = np.minimum(intensity * h200.bandwidth, h200.bf16) / 1e12
+axes.plot(intensity, roof, color=COLOURS["reference"])
+for case in cases.cases("moe.experts"):
+    per_byte = case.operations / case.bytes
+    best = min(per_byte * h200.bandwidth, h200.bf16) / 1e12
+    axes.plot(per_byte, best, **series("method" if "T=4096" in case.name else "baseline"))
+axes.set(xlabel="operations for a byte", ylabel="Tflop/s at the most", xscale="log", yscale="log")
+drawn
 
 # %% [markdown]
 # ## Who takes which tile
@@ -225,6 +264,8 @@ if not bench.recorded("moe.experts"):
 
 # %% [markdown]
 # ## Your turn
+#
+# The tests say what is left to you: the order, the grouped product, the way back, and how the kernel finds its expert.
 #
 # ```
 # python -m chapters exercise experts --to my

@@ -9,9 +9,10 @@
 # %% [markdown]
 # # Residual experts: one layer for everybody, one expert on top
 #
-# Two experts for a token are better than one. They also cost twice the traffic, because experts live on different
-# devices, and every token travels to each of its experts and back. PR-MoE asks whether both experts have to be chosen.
-# If one of them is the same for all tokens, it can stand on every device, and nothing has to travel there.
+# In a mixture, several feed-forward layers (experts) stand side by side, and each token is sent to the best one or two
+# (top-1, top-2). Two experts for a token are better than one. They also cost twice the traffic, because experts live on
+# different devices, and every token travels to each of its experts and back. PR-MoE asks whether both experts have to
+# be chosen. If one of them is the same for all tokens, it can stand on every device, and nothing has to travel there.
 
 # %%
 import numpy as np
@@ -39,16 +40,17 @@ tokens = 2 ** np.arange(8, 15)
 drawn, axes = figure(height=2.6)
 for k, role, words in ((2, "baseline", "top-2"), (1, "method", "fixed layer and top-1")):
     axes.plot(tokens, tokens * k * 2 * 4096 * 2 / 1e6, **series(role), label=words)
-axes.set(xlabel="tokens", ylabel="MB to experts and back", xscale="log", yscale="log")
+axes.set(xlabel="tokens", ylabel="MB to experts and back", xscale="log", yscale="log", title="half the traffic")
 legend(axes)
 drawn
 
 # %% [markdown]
 # ## The idea
 #
-# The layer's output is a weighed sum of the two branches, the expert's answer and the fixed layer's. The weights are
-# two coefficients that sum to 1, made from the token itself by a matrix of two rows. So a layer can learn for which
-# tokens it wants the expert, and for which it does without.
+# The layer's output is a weighed sum of two branches, the expert's answer and the fixed layer's. The weights are two
+# coefficients c that sum to 1: the softmax of two numbers, which a matrix of two rows makes from the token itself. So a
+# layer can learn for which tokens it wants the expert, and for which it does without. Three tokens of two numbers each;
+# on the left what the expert counts, on the right what the fixed layer does:
 
 # %%
 x = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -68,9 +70,10 @@ np.testing.assert_allclose(c[:, 0], 1 / (1 + np.exp(-z)))
 # %% [markdown]
 # ## The mix
 #
-# Experts answer in their own order: first all tokens of expert 0, then those of expert 1. `source` says in which row
-# a token finds its answer, and -1 that there is none, because its expert had no room. A dropped token keeps its
-# coefficients, so it gets less than the whole fixed layer. But it gets something: with top-1 alone it would get 0.
+# Experts answer in their own order: first all tokens of expert 0, then those of expert 1. `source` says in which row a
+# token finds its answer, and -1 that there is none, because its expert had no room. `gate` is what the router gives the
+# expert's answer. A dropped token keeps its coefficients, so it gets less than the whole fixed layer. But it gets
+# something: with top-1 alone it would get 0. Here the fixed layer answers 1 everywhere, the experts 10 and 20.
 
 # %%
 rows, mlp = np.array([[10.0, 10.0], [20.0, 20.0]]), np.ones((3, 2))
@@ -81,8 +84,23 @@ np.testing.assert_allclose(y[0], c[0, 0] * 0.5 * 20 + c[0, 1] * 1)
 np.testing.assert_allclose(y[1], c[1, 1] * 1)
 
 # %% [markdown]
-# At the ends there is nothing left to mix. A large bias on the second coefficient gives the dense model back, one on
-# the first a plain top-1 mixture.
+# How far can the coefficients go? Give the first of them a bias and see what the three tokens get. Far on the left
+# all get 1, the fixed layer: this is the dense model. Far on the right they get their expert times its gate, and the
+# dropped one nothing: this is a plain top-1 mixture.
+
+# %%
+shifts = np.linspace(-6, 6, 49)
+lines = [residual.mix(x, weight, np.array([shift, 0.0]), rows, source, gate, mlp)[:, 0] for shift in shifts]
+drawn, axes = figure(height=2.6)
+roles = {"token 0": "method", "token 1, dropped": "accent", "token 2": "second"}
+for token, (words, role) in zip(np.transpose(lines), roles.items(), strict=True):
+    axes.plot(shifts, token, **series(role), markevery=8, label=words)
+axes.set(xlabel="bias on the expert's coefficient", ylabel="output", title="from the dense layer to top-1")
+legend(axes)
+drawn
+
+# %% [markdown]
+# At the ends there is nothing left to mix, to the last bit.
 
 # %%
 dense = residual.mix(x, weight, np.array([-900.0, 900.0]), rows, source, gate, mlp)
@@ -105,9 +123,9 @@ for changed in bad:
 # %% [markdown]
 # ## Learning to mix
 #
-# One number per token decides what the coefficients learn: does the gradient agree more with the expert's answer or
-# with the fixed layer's? It is 0 where a coefficient is 0 or 1. `mix_backward` has it all by hand; here it is beside a
-# difference quotient.
+# What do the coefficients learn? One number per token decides it: does the gradient agree more with the expert's answer
+# or with the fixed layer's? It is 0 where a coefficient is 0 or 1, so a layer that has made up its mind stays with it.
+# `mix_backward` has all gradients by hand; here that of the bias is beside a difference quotient.
 
 # %%
 dy, step = np.ones_like(y), 1e-6
@@ -128,7 +146,8 @@ assert found.gate[1] == 0 and found.weight.any()
 names = ("top-1", "residual", "pyramid")
 models = {name: [moe_lab.fresh(lab, residual.LAYERS[name], 50, seed=0)] for name in names}
 held = {name: residual.sizes(model) for name, (model,) in models.items()}
-print(held)
+for name, (all_weights, used) in held.items():
+    print(f"{name:9} holds {all_weights:,} feed-forward weights and uses {used:,} for a token")
 assert len({used for _, used in held.values()}) == 1
 assert held["top-1"][0] == held["residual"][0] > held["pyramid"][0]
 
@@ -143,7 +162,8 @@ assert all(values[0] < lab.config.vocab_size for values in found.values())
 residual.draw(models, found, lab.validation[:16])
 
 # %% [markdown]
-# Means hide what tokens do. One sequence, layer by layer: how much of the expert does each token take?
+# Means hide what tokens do. One sequence, layer by layer: how much of the expert does each token take? We listen to the
+# coefficients of each layer.
 
 # %%
 model, seen = models["pyramid"][0], []
@@ -157,12 +177,13 @@ assert each.shape == (4, 48)
 np.testing.assert_allclose(each.mean(axis=1), [share for share, _ in shares], rtol=1e-4)
 
 # %% [markdown]
-# Drawn:
+# In some layers all tokens take about the same, bright or dark from end to end: the layer has chosen. In others
+# neighbouring tokens differ, which is what the coefficients are for.
 
 # %%
 drawn, axes = figure(width=8.0, height=2.4)
-heatmap(axes, each, "share of the expert")
-axes.set(xlabel="token of the sequence", ylabel="layer")
+heatmap(axes, each, "share of the expert", limit=1)
+axes.set(xlabel="token of the sequence", ylabel="layer", yticks=range(4))
 drawn
 
 # %% [markdown]
@@ -176,6 +197,21 @@ drawn
 outcome = claims.recorded("residual")
 print(outcome["sentence"] if outcome else "not recorded yet: python -m chapters claim residual --full")
 assert outcome is None or len(outcome["seeds"]) >= 3
+
+# %% [markdown]
+# As a picture, quality against size: at equal size the residual mixture is better than the plain ones, and both
+# pyramids, with fewer weights, come close to it.
+
+# %%
+numbers = outcome["numbers"]
+drawn, axes = figure(height=2.6)
+roles = {"top-1": "baseline", "top-2": "muted", "residual": "method", "pyramid": "third", "upside down": "second"}
+for name, role in roles.items():
+    place = numbers[f"feed-forward weights, {name}"] / 1e3, numbers[f"perplexity, {name}"]
+    axes.plot(*place, **(series(role) | {"linestyle": "", "markersize": 8}), label=name)
+axes.set(xlabel="feed-forward weights (thousands)", ylabel="perplexity", xlim=(550, 950), ymargin=0.15)
+legend(axes, loc="right")
+drawn
 
 # %% [markdown]
 # ## The kernel, in bytes
@@ -213,6 +249,8 @@ if not bench.recorded("moe.residual"):
 
 # %% [markdown]
 # ## Your turn
+#
+# The tests say what is left to you: the mix, its gradients, and the kernels of both.
 #
 # ```
 # python -m chapters exercise residual --to my

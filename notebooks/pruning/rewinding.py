@@ -13,6 +13,9 @@
 # again. But how? One can go on gently from the weights that are left, at a small rate. Or one can go back: to an
 # earlier step's weights, or only to its learning rates. That choice costs nothing, and it decides how many weights may
 # go.
+#
+# What is pruned below is the book's base model, a small transformer that was trained on documentation; what is trained
+# is a model of half its width.
 
 # %%
 import copy
@@ -35,7 +38,8 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts
 #
-# The base model, pruned by one threshold, and not trained again. Half of the weights can go, but not most of them.
+# Take the base model, set all weights below one threshold to zero, and do not train again. How much worse is it when
+# 30%, 50%, 70% or 80% of the weights are gone?
 
 # %%
 sparsities = (0.3, 0.5, 0.7, 0.8)
@@ -47,21 +51,24 @@ for sparsity in sparsities:
 assert worse[0] < 1.2 and worse[-1] > 5
 
 # %% [markdown]
-# The curve goes up by more than it can be read on a straight scale.
+# The scale is logarithmic, or nothing could be read: where half of the weights are gone the model is a little worse,
+# where most are gone it is no model any more.
 
 # %%
 drawn, axes = figure(height=2.8)
 axes.plot([100 * s for s in sparsities], worse, **series("baseline"))
 axes.set(xlabel="zeros (%), no retraining", ylabel="perplexity / dense", yscale="log")
+axes.set_title(f"at {sparsities[-1]:.0%} zeros, {worse[-1]:,.0f} times the perplexity")
 drawn
 
 # %% [markdown]
 # ## Four ways back
 #
-# A training run had a schedule of rates: up, and down to zero. Retraining starts from the weights of one step and
-# repeats a part of that schedule. `retraining_rates` says which. The lottery ticket starts over from the first weights.
-# Weight rewinding goes back t steps, learning-rate rewinding replays the rates of these t steps but keeps the final
-# weights, and fine-tuning takes one small rate.
+# A training run had a schedule of learning rates: up, and down to zero. Call the weights after its step s W[s]; here
+# the run has 80 steps, so W[80] are the final ones. Retraining starts from the weights of one step and repeats a part
+# of the schedule. `retraining_rates` says which part. The *lottery ticket* starts over from the first weights, W[0].
+# *Weight rewinding* goes back t steps. *Learning-rate rewinding* (lr) replays the rates of these t steps but keeps the
+# final weights. *Fine-tuning* goes on from the final weights at one small rate.
 
 # %%
 plan, starts = Plan(steps=80, replayed=40), {}
@@ -70,7 +77,7 @@ for method, role in zip(rewinding.METHODS, ("muted", "second", "method", "baseli
     starts[method], rates = rewinding.retraining_rates(method, plan.rates, plan.replayed, plan.constant * plan.rate)
     line = axes.plot(np.arange(80 - len(rates), 80), rates, **series(role), label=f"{method}, from W[{starts[method]}]")
     line[0].set(marker="", linewidth=6 if method == "weight" else 2)
-axes.set(xlabel="step of the schedule that is repeated", ylabel="learning rate")
+axes.set(xlabel="step of the schedule that is repeated", ylabel="learning rate", title="four ways back, t = 40")
 legend(axes)
 assert starts == {"lottery": 0, "weight": 40, "lr": 80, "fine-tuning": 80}
 drawn
@@ -81,9 +88,10 @@ drawn
 #
 # ## Which weights stay
 #
-# The masks come from the weights at the end of the run, by one threshold for all layers. What was dropped in an earlier
-# round stays dropped, however large its weight is now. Here the 9 is gone already, and of the equal ones (0.2) the
-# first stays.
+# A mask says of each weight whether it stays (1) or is dropped (0). Masks come from the weights at the end of the run,
+# by one threshold for all layers. What was dropped in an earlier round stays dropped, however large its weight is now.
+# Here are two layers of three weights each, of which three may stay. The 9 is gone already, and of the equal ones (0.2)
+# the first stays.
 
 # %%
 weights = [np.array([[9.0, -0.5, 0.2]]), np.array([0.3, -0.2, 0.2])]
@@ -96,9 +104,10 @@ assert [mask.tolist() for mask in rewinding.next_masks(weights, masks, 3)] == [[
 # %% [markdown]
 # ## How many
 #
-# All at once, or in rounds with retraining in between: each takes the same share of what is left, a fifth in the paper.
-# Even a count can differ: open_lth rounds up and then drops one more, because it keeps what is *above* an element of
-# the sorted list. With large layers nobody notices. With small ones the two part.
+# All at once, or in rounds with retraining in between: each round takes the same share of what is left, a fifth in the
+# paper. Even a count can differ: open_lth, the published code of the lottery ticket, rounds up and then drops one more,
+# because it keeps what is *above* an element of the sorted list. With large layers nobody notices. With small ones the
+# two part.
 
 # %%
 ours, theirs = (rewinding.kept_counts(850, 0.2, 15, open_lth=rule) for rule in (False, True))
@@ -107,16 +116,17 @@ assert theirs[:6] == [850, 679, 542, 432, 344, 274] and ours[1] == 680
 drawn, axes = figure(height=2.8)
 axes.plot(ours, **series("method"), label="round(left / 5) go")
 axes.plot(theirs, **series("baseline"), label="open_lth: ⌈left / 5⌉ + 1 go")
-axes.set(xlabel="round", ylabel="weights left of 850", yscale="log")
+axes.set(xlabel="round", ylabel="weights left of 850", yscale="log", title=f"at the end {ours[-1]} or {theirs[-1]}")
 legend(axes)
 drawn
 
 # %% [markdown]
 # ## Training must not wake what is dropped
 #
-# Set a weight to zero and train on, and it comes back: it has a gradient, and Adam has moments of it. Masking the
-# gradient is not enough, for the moments of the last steps still push. So the optimizer knows the mask: of what is
-# dropped, gradient, moments and weight are 0. Three ways to step a weight that was just dropped, with a moment left:
+# Set a weight to zero and train on, and it comes back: it has a gradient, and Adam has its moments, running means of
+# past gradients and of their squares. Is it enough to set its gradient to zero as well? No, for the moments of the last
+# steps still push. So the optimizer knows the mask: of what is dropped, gradient, moments and weight are 0. Three ways
+# to step a weight that was just dropped, with a moment left:
 
 # %%
 dropped, gradient, moment, square = (np.array([x]) for x in (0.0, 0.4, 0.3, 0.2))
@@ -131,7 +141,8 @@ for how, (weight, mean, _) in ways.items():
 assert ways["gradient masked"][0] != 0 and ways["masked step"][0] == 0 == ways["masked step"][1]
 
 # %% [markdown]
-# `MaskedAdamW` is torch's AdamW with that step. In training it is put in the place of the usual one.
+# `MaskedAdamW` is torch's AdamW with that step. In training it takes the place of the usual one. Below, the second and
+# the fourth number are masked; not even a gradient that is no number can wake them.
 
 # %%
 parameter = torch.nn.Parameter(torch.arange(4.0))
@@ -145,30 +156,51 @@ assert parameter[1] == parameter[3] == 0 and parameter[2] > 2
 # %% [markdown]
 # ## A run in small
 #
-# A model of half the base model's width is trained for a few steps, pruned at once, and retrained in two ways. That is
-# far too short to compare methods, but long enough to see the parts work: exact counts, and zeros that stay.
+# A model of half the base model's width is trained for a few steps, half of its weights are pruned at once, and it is
+# retrained in two ways. That is far too short to compare methods, but long enough to see the parts work: exact counts,
+# and zeros that stay. (Why not four fifths? The matrices that write into the residual stream, o and down, start at zero
+# and are still small after so few steps. One threshold for all would leave nothing of them, and no layer would learn.)
 
 # %%
 model, held = trained_small(lab, plan)
 total = sum(layer.weight.numel() for layer in surgery.linears(model).values())
-repaired = {}
+repaired, ends = {}, {}
 for method in ("lr", "fine-tuning"):
     pruned = copy.deepcopy(model)
-    rewinding.prune_and_retrain(pruned, held, method, [total // 5], lab.train_stream, plan, Stages())
+    rewinding.prune_and_retrain(pruned, held, method, [total // 2], lab.train_stream, plan, Stages())
     repaired[method] = evaluate.perplexity(pruned, lab.validation[:16])
-    kept, _ = pruned_layers.count_kept(pruned_layers.nonzero_masks(pruned))
-    print(f"{method}: {kept} of {total} weights, perplexity {repaired[method]:.0f}")
-    assert kept == total // 5
+    ends[method] = surgery.linears(pruned)["blocks.1.feed_forward.up_proj"].weight.detach()
+    assert pruned_layers.count_kept(pruned_layers.nonzero_masks(pruned)) == (total // 2, total)
+print(f"{total // 2} of {total} weights", {method: f"perplexity {value:.0f}" for method, value in repaired.items()})
 
 # %% [markdown]
+# What does a rate do? Each dot below is a weight of one layer that stayed, and its height is how far retraining has
+# moved it.
+
+# %%
+before = surgery.linears(model)["blocks.1.feed_forward.up_proj"].weight.detach()
+drawn, axes = panels(2, width=7.2, height=2.6, sharex=True, sharey=True)
+far = {method: (after - before)[after != 0].abs().mean().item() for method, after in ends.items()}
+for place, (method, after) in zip(axes, ends.items(), strict=True):
+    place.plot(before[after != 0], (after - before)[after != 0], ".", markersize=2, color=COLOURS["method"])
+    place.set(xlabel="weight before", title=f"{method}: by {far[method]:.4f} in the mean")
+axes[0].set_ylabel("moved by")
+assert far["lr"] > 2 * far["fine-tuning"]
+drawn
+
+# %% [markdown]
+# The small rate leaves the weights nearly where they were; the replayed ones, which begin high, let them find new
+# places.
+#
 # Long runs are killed now and then. So a run may be given a folder: finished stages are kept, and a stage under way is
 # continued from its state, bit for bit as if nothing had happened (`run rewinding --state FOLDER`).
 #
 # ## What the methods are worth
 #
 # The recorded measurement, three seeds. Learning-rate rewinding and weight rewinding repeat high rates, which can move
-# the weights that stay to where they are needed now. Fine-tuning at a rate as small as the schedule's end cannot. Give
-# it ten times that rate, and with fewer zeros it is about as good as weight rewinding; with more it falls behind again.
+# the weights that stay to where they are needed now. Fine-tuning at 1% of the highest rate, which is where schedules
+# end, cannot. Give it ten times that rate, and with fewer zeros it is about as good as weight rewinding; with more it
+# falls behind again.
 
 # %%
 record = claims.recorded("rewinding")
@@ -178,15 +210,17 @@ lr, fine = ([numbers[f"perplexity, {words}, 90%"] for words in some] for some in
 assert lr[0] < min(fine)
 
 # %% [markdown]
-# In bars, each a mean over the seeds:
+# In bars, each a mean over the seeds (the percent behind fine-tuning is its share of the highest rate):
 
 # %%
-drawn, axes = panels(2, width=9.6, height=3.2, sharey=True)
+drawn, axes = panels(2, width=8.0, height=2.4, sharey=True)
 for place, share in zip(axes, ("80%", "90%"), strict=True):
     heights = [numbers[f"perplexity, {words}, {share}"] for words in rewinding.VARIANTS]
     place.barh([*rewinding.VARIANTS], heights, color=[COLOURS[role] for role in rewinding.ROLES])
     place.axvline(numbers[f"perplexity, {rewinding.DENSE}"], color=COLOURS["reference"], linestyle="--")
     place.set(xlabel="perplexity (dashed: dense)", title=f"{share} zeros")
+axes[0].set_yticks(range(4), ["lr rewinding", "weight rewinding", "fine-tuning, 1%", "fine-tuning, 10%"])
+axes[0].invert_yaxis()
 drawn
 
 # %% [markdown]
@@ -204,9 +238,10 @@ assert sum(words.removeprefix("perplexity, ").startswith(beside) for words in nu
 # %% [markdown]
 # ## The kernel's idea: one pass
 #
-# A step of AdamW is bytes, not arithmetic. It reads weight, gradient and two moments and writes three of them: 28 bytes
-# a number. To mask before and after, in passes of their own, costs 18 more. The kernel reads the mask along, a bit for
-# each number. Bytes for a layer of Llama, and what an H200 needs for them at the least, at its 4.8 TB/s:
+# A step of AdamW waits for memory, not for arithmetic. It reads weight, gradient and two moments and writes all but the
+# gradient: seven times 4 bytes, 28 for each weight. Masking gradient and weight in passes of their own reads and writes
+# both once more and the mask twice, 18 bytes. The kernel reads the mask along with the rest, a bit for each weight.
+# Bytes for a layer of Llama, and what an H200 needs for them at the least, at its 4.8 TB/s:
 
 # %%
 for case in cases.cases("pruning.rewinding"):
@@ -226,7 +261,7 @@ for line in report:
 assert not any(line["failures"] for line in report)
 
 # %% [markdown]
-# And timed on a GPU, beside torch's fused AdamW with two masks:
+# And timed on a GPU, beside torch's fused AdamW with two passes that mask:
 
 # %%
 for line in bench.recorded("pruning.rewinding"):

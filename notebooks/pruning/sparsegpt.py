@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from chapters import claims, workbook
+from chapters.explore import explore
 from chapters.figures import COLOURS, figure, heatmap, legend, series
 from chapters.lab import Lab
 from chapters.pruning import sparsegpt, wanda
@@ -40,7 +41,8 @@ text = lab.calibration(0, 32)
 # ## What hurts
 #
 # Hardware can skip half of the weights if 2 of every 4 neighbours are zero. With so little choice magnitude drops
-# weights that matter, and even Wanda, which looks at the inputs, costs the model a lot.
+# weights that matter, and even Wanda, which multiplies each weight by the size of its inputs before it compares, costs
+# the model a lot.
 
 # %%
 costs = {"dense": lab.base_perplexity}
@@ -50,33 +52,46 @@ costs["magnitude, 2:4"] = lab.perplexity(model)
 model = lab.model()
 wanda.prune_model(model, text, partial(wanda.find_mask, sparsity=0.5, pattern=(2, 4)))
 costs["Wanda, 2:4"] = lab.perplexity(model)
-print({rule: f"{cost:.0f}" for rule, cost in costs.items()})
+
+# %% [markdown]
+# 2 of every 4, chosen by magnitude and by Wanda:
+
+# %%
+drawn, axes = figure(height=1.6)
+axes.barh(list(costs), list(costs.values()), color=[COLOURS["muted"], COLOURS["baseline"], COLOURS["second"]])
+axes.set(xlabel="perplexity")
+axes.invert_yaxis()
 assert costs["magnitude, 2:4"] > costs["Wanda, 2:4"] > 1.3 * costs["dense"]
+drawn
 
 # %% [markdown]
 # ## Inputs are correlated
 #
-# A layer is judged by its outputs, ‖X (W − Ŵ)ᵀ‖². That is a quadratic form in each row of W, and its Hessian is
-# 2 XᵀX (over the number of sequences). Off its diagonal stands which inputs come together: as correlations, a corner
-# of one layer's. Wanda knows the diagonal alone.
+# Let X be the inputs of a layer, one row for each token, W its weight and Ŵ what is left of W. The layer is judged by
+# its outputs: the error is ‖X (W − Ŵ)ᵀ‖². That is a quadratic form in each row of W, and its matrix of second
+# derivatives, the Hessian, is H = 2 XᵀX (over the number of sequences). On its diagonal stands how large each input is,
+# which is all that Wanda knows. Off the diagonal stands which inputs come together. A corner of one layer's, scaled to
+# correlations, without the ones of the diagonal: some pairs are clearly correlated.
 
 # %%
 name = "blocks.1.attention.v_proj"
 statistics = gptq.hessians(lab.model(), text, [name])[name]
 spread = np.sqrt(np.diag(statistics))
 correlation = statistics / np.outer(spread, spread)
+off_diagonal = correlation - np.eye(len(correlation))
 drawn, axes = figure(width=4.2, height=3.2)
-heatmap(axes, correlation[:32, :32], "correlation of two inputs", limit=1)
-off_diagonal = np.abs(correlation - np.eye(len(correlation)))
-assert off_diagonal.max() > 0.3
+heatmap(axes, np.abs(off_diagonal[:32, :32]), "|correlation|")
+axes.set(xlabel="input", ylabel="input")
+assert np.abs(off_diagonal).max() > 0.3
 drawn
 
 # %% [markdown]
 # ## The ancestors: what does one weight cost?
 #
-# Optimal Brain Damage: ½ H_jj w_j², if all others stay. Optimal Brain Surgeon lets them move: w_j² / (2 [H⁻¹]_jj).
-# Two inputs that nearly always come together: losing the second weight looks expensive, and is cheap, because the
-# first takes over.
+# Let w be a row of W. By how much does the error grow if w_j becomes 0? Optimal Brain Damage (OBD): by ½ H_jj w_j², if
+# all others stay. Optimal Brain Surgeon (OBS) lets them move as suits best, and then it is w_j² / (2 [H⁻¹]_jj). Take
+# two inputs that nearly always come together, with weights 2 and 1. Losing the second weight looks expensive. What will
+# the first one do? It takes over, and the loss is cheap.
 
 # %%
 twins = np.array([[1.0, 0.9], [0.9, 1.0]])
@@ -101,8 +116,9 @@ assert np.allclose(scores[0], scores[1]) and np.allclose(scores[0], wanda.scores
 #
 # After a step of OBS each row has lost another weight and needs another inverse. SparseGPT fixes the order instead:
 # columns from left to right, and what lies behind stays as it is. Then every row needs the inverse of the same part of
-# the Hessian, that of the columns from j on. The Cholesky factor U of H⁻¹ holds them all: U_jj² is the first element
-# of the j-th.
+# the Hessian, that of the columns from j on. One upper triangular matrix U with H⁻¹ = UᵀU, a Cholesky factor, holds
+# them all: U_jj² is the first element of the j-th inverse. (A little of the mean diagonal is added to H first, the
+# damping, so that there is an inverse.)
 
 # %%
 weight = surgery.linears(lab.model())[name].weight.detach().double().numpy()
@@ -115,9 +131,28 @@ change = weight - found.weight
 assert np.isclose(found.error, (change @ damped * change).sum() / 2)
 
 # %% [markdown]
+# What does the repair look like? Here are 24 rows of the layer with all of their columns, grey where a weight was
+# dropped. The colour of the others says how far they have moved: nothing in the first column, for there was no error to
+# repair yet, and further to the right more and more. The more is dropped, the more the others have to move; in a live
+# notebook, try it.
+
+
+# %%
+def repaired(zeros=50):
+    pruned = sparsegpt.sparsegpt(weight, statistics, zeros / 100, exact=True)
+    moved = np.where(pruned.weight == 0, np.nan, np.abs(pruned.weight - weight))
+    drawn, axes = figure(width=8.0, height=2.6)
+    heatmap(axes, moved[:24], "moved by", limit=0.08)
+    axes.set(xlabel="input", ylabel="output", title=f"{zeros}% zeros: output error {pruned.error:.0f}")
+    return drawn
+
+
+explore(repaired, zeros=(10, 90, 10))
+
+# %% [markdown]
 # How much of the loss is the choice, and how much the repair? Half of that layer's weights go: by magnitude, by Wanda,
 # by Wanda with the repair, by SparseGPT, and by OBS with an inverse for every row, which chooses best and repairs
-# backwards, too.
+# backwards, too. Before you read on: is choosing or repairing worth more?
 
 # %%
 by_wanda = wanda.prune_rows(weight, np.sqrt(np.diag(statistics) / 2), 64) != 0
@@ -131,12 +166,12 @@ left = {
 losses = {rule: ((weight - kept) @ damped * (weight - kept)).sum() / 2 for rule, kept in left.items()}
 
 # %% [markdown]
-# The bars are the loss itself. The repair takes away much of it, whoever chose. All drop the same count.
+# The bars are the error of the outputs. The repair takes away much of it, whoever chose. All drop the same count.
 
 # %%
 drawn, axes = figure(height=2.4)
 axes.barh([*losses], [*losses.values()], color=[COLOURS["baseline"]] * 2 + [COLOURS["method"]] * 2 + [COLOURS["muted"]])
-axes.set(xlabel="½ Σ (w − ŵ) H (w − ŵ)ᵀ")
+axes.set(xlabel="output error, ½ Σ (w − ŵ) H (w − ŵ)ᵀ over the rows", title="the same zeros, repaired or not")
 axes.invert_yaxis()
 assert losses["Wanda"] > losses["Wanda, repaired"] > losses["OBS"] and losses["Wanda"] > losses["SparseGPT"]
 assert len({int((kept == 0).sum()) for kept in left.values()}) == 1
@@ -145,22 +180,24 @@ drawn
 # %% [markdown]
 # ## Which go: a threshold for each block, or a group at a time
 #
-# Without a pattern the mask of 128 columns is fixed when their turn comes, over all rows together, from weights that
-# have been repaired so far. The release drops one weight more than ⌊s n⌋ in each block; this book's count is an option.
-# In a pattern each group of four is chosen when its first column is reached, as late as can be.
+# Without a pattern the mask of a block of 128 columns is fixed when their turn comes, over all rows together, from
+# weights that have been repaired so far. The published code drops one weight more than ⌊s n⌋ of the n in each block, s
+# being the share of zeros; `exact=True` drops just that many. (Its mask is True where a weight goes.) In a pattern each
+# group of four is chosen when its first column is reached, as late as can be, and blocks only make it faster.
 
 # %%
 score = np.array([[5.0, 1.0, 3.0, 2.0]])
 print(sparsegpt.threshold_mask(score, 0.5), sparsegpt.threshold_mask(score, 0.5, exact=True))
 assert sparsegpt.threshold_mask(score, 0.5).sum() == 1 and sparsegpt.threshold_mask(score, 0.5, exact=True).sum() == 2
 blocks = [sparsegpt.sparsegpt(weight, statistics, pattern=(2, 4), block_size=size).error for size in (16, 128)]
-assert np.isclose(*blocks)  # a block is a matter of speed where groups choose
+assert np.isclose(*blocks)
 
 # %% [markdown]
 # ## In the model
 #
-# Blocks in order, each calibrated on what the pruned ones before it let through. The same text for both that need
-# some, and the same count of zeros for all three.
+# The blocks of the model in order, each calibrated on what the pruned ones before it let through. Wanda and SparseGPT
+# see the same text, and all three methods drop the same count. Where do you expect the repair to matter most: where any
+# half of the weights may go, or where 2 of every 4 must?
 
 # %%
 rules = {rule: sparsegpt.RULES[rule] for rule in ("50%", "4:8", "2:4")}
@@ -175,21 +212,23 @@ for sparsity, pattern in rules.values():
         curves[method].append(lab.perplexity(pruned))
 
 # %% [markdown]
-# The less choice there is, the more the repair is worth.
+# The less choice there is, the more the repair is worth: at 2:4 even good weights have to go, and others can take over.
 
 # %%
 drawn, axes = figure()
 for method, values in curves.items():
     axes.plot([*rules], values, **series(sparsegpt.ROLES[method]), label=method)[0].set(linestyle="")
 axes.axhline(lab.base_perplexity, **series("reference"), label="dense")
-axes.set(xlabel="half of the weights go: anywhere, or n:m kept", ylabel="perplexity")
+axes.set(xlabel="half of the weights go: anywhere, or n:m kept", ylabel="perplexity", title="scarce choice, wide gaps")
 legend(axes)
 assert curves["SparseGPT"][2] < curves["Wanda"][2] < curves["magnitude"][2]
 assert curves["SparseGPT"][2] - curves["SparseGPT"][0] < curves["Wanda"][2] - curves["Wanda"][0]
 drawn
 
 # %% [markdown]
-# The recorded measurement, three seeds of calibration text, over the sparsity:
+# The recorded measurement, three seeds of calibration text, over the share of zeros. (It is measured on more text, so
+# its dense model has another perplexity.) At 30% all three are about as good; at 70% only SparseGPT still has a model
+# to show. None of them trains, so this says nothing about what a model that trains on after pruning would reach.
 
 # %%
 record = claims.recorded("sparsegpt")
@@ -208,7 +247,7 @@ drawn
 #
 # An error is an error: what stays can be rounded to a grid in the same pass, and the columns to the right repair both.
 # Half zeros and 4 bits take about as much room as 3 bits: 1 for the map of what is there, 4 for each of half the
-# weights. The paper finds them better than 3 bits on the largest models. See what this one says.
+# weights. The paper finds them better than 3 bits on the largest models. What do you expect of a small one?
 
 # %%
 joint, rounded = lab.model(), lab.model()
@@ -219,11 +258,16 @@ print(f"GPTQ, 3 bits and a grid for each row: perplexity {lab.perplexity(rounded
 assert sparsegpt.coded_bits(joint, 4) < 3.2 and lab.perplexity(joint) < 1.5 * lab.base_perplexity
 
 # %% [markdown]
+# If 3 bits come out ahead here, that does not contradict the paper: a small model has fewer weights to spare, and
+# dropping half of them costs it more than a large one.
+#
 # ## The kernel: a block of columns stays on chip
 #
-# In torch each column is a few launches, and each of them reads and writes the rest of the block. The kernel holds a
-# tile of rows in registers over all 128 columns: W is read once, Ŵ and the errors are written once. In a pattern it
-# also chooses: a score is picked out and compared with the whole tile, and what fewer than n of its group beat stays.
+# In torch each column is a few launches, and each of them reads and writes the rest of the block: in float32, 128
+# columns times 4 bytes in and out, and half of the block on average. The kernel holds a tile of rows in registers over
+# all 128 columns: W is read once (4 bytes a weight), the mask with it or, in a pattern, written (1), Ŵ and the errors
+# are written once (8), and U is read (4 bytes a number). In a pattern it also chooses: a score is picked out and
+# compared with the whole tile, and what fewer than n of its group beat stays.
 
 # %%
 rows, width = 4096, 128

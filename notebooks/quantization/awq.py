@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from chapters import workbook
-from chapters.figures import COLOURS, figure, legend, series
+from chapters.explore import explore
+from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.quantization import awq, weight_only
 from kernels import bench, cases, hardware
@@ -31,22 +32,25 @@ lab = Lab()
 # %% [markdown]
 # ## Outliers, planted
 #
-# A small model does not grow such channels by itself. So we plant them: 13 channels of every norm's gain become 5
-# times as large, and the matching columns of the weights that read them 5 times as small. The model computes what it
-# did before. Here are the mean inputs of one layer.
+# A small model does not grow such channels by itself. So we plant them: 13 channels of every norm's gain become 5 times
+# as large, and the matching columns of the weights that read them 5 times as small. The model computes what it did
+# before. Here is what one layer then reads: on the left 48 tokens, one a row, on the right the mean of each channel
+# over all tokens of a calibration text.
 
 # %%
 planted, name = awq.model_of(lab, True, seed=0), "blocks.1.feed_forward.up_proj"
 recorded = surgery.record_inputs(planted, lab.calibration(count=8), [name])
 x = torch.cat([x for _, x in recorded]).flatten(0, 1).numpy().astype(float)  # [tokens, in]
 magnitude = np.abs(x).mean(axis=0)
-drawn, axes = figure(height=1.9)
-axes.bar(range(len(magnitude)), magnitude, color=COLOURS["baseline"])
-axes.set(xlabel="input channel", ylabel="mean |x|")
+drawn, axes = panels(2, width=9.0, height=2.6)
+heatmap(axes[0], np.abs(x[:48]), "|x|", limit=float(3 * magnitude.max()))
+axes[0].set(xlabel="input channel", ylabel="token", title="the same channels for every token")
+axes[1].bar(range(len(magnitude)), magnitude, color=COLOURS["baseline"])
+axes[1].set(xlabel="input channel", ylabel="mean |x|", title="a tenth of them is large")
 drawn
 
 # %% [markdown]
-# Thirteen channels stand out, and the model predicts as it did.
+# The same thirteen channels stand out for every token, and the model predicts as it did.
 
 # %%
 outliers = np.argsort(magnitude)[-13:]
@@ -65,18 +69,18 @@ hurt = {}
 for words, model in {"as trained": lab.model(), "outliers planted": awq.model_of(lab, True, seed=0)}.items():
     awq.round_model(model, 3, 32)
     hurt[words] = lab.perplexity(model)
-drawn, axes = figure(height=1.8)
+drawn, axes = figure(height=2.0)
 axes.barh(list(hurt), list(hurt.values()), color=COLOURS["baseline"])
 axes.axvline(lab.base_perplexity, **series("reference"))
-axes.set(xlabel="perplexity at 3 bits, nearest value (dashed: full precision)")
+axes.set(xlabel="perplexity at 3 bits (dashed: full precision)", title="the same function, and harder to round")
 assert lab.base_perplexity < hurt["as trained"] < hurt["outliers planted"]
 drawn
 
 # %% [markdown]
 # ## Which weights matter?
 #
-# The paper's first experiment: keep a tenth of the columns in full precision and round the others. Which tenth? Those
-# with the largest weights help little. Those with the largest *inputs* carry most of the error.
+# The paper's first experiment: keep a tenth of the columns in full precision and round the others. Which tenth would
+# you keep: that with the largest weights, or that with the largest inputs? We try both, and a random one.
 
 # %%
 weight = planted.get_parameter(f"{name}.weight").detach().numpy().astype(float)
@@ -90,12 +94,13 @@ for words, columns in kept.items():
     errors[words] = np.mean((x @ error.T) ** 2)
 
 # %% [markdown]
-# The bars are errors of the output, the whole rounding counting as 1.
+# The bars are errors of the output, the whole rounding counting as 1. Keeping the largest weights helps as little as
+# keeping any. The columns that meet the largest *inputs* carry most of the error.
 
 # %%
 drawn, axes = figure(height=1.9)
 axes.barh(list(errors), [error / errors["none"] for error in errors.values()], color=COLOURS["baseline"])
-axes.set(xlabel="output error, all columns rounded = 1", ylabel="kept columns")
+axes.set(xlabel="output error, all columns rounded = 1", ylabel="columns kept")
 axes.invert_yaxis()
 assert errors["largest inputs"] < 0.6 * min(errors[words] for words in ("none", "random", "largest weights"))
 drawn
@@ -106,38 +111,57 @@ drawn
 # Two kinds of weights in one matrix would be slow and awkward to store. AWQ multiplies a column by s > 1 before
 # rounding and divides it by s afterwards. The step of the grid stays what it was, as long as the column does not
 # become the largest of its group, so the error of the column shrinks by s. If s is too large, it stretches the grids
-# and all other columns suffer. Here the outlier columns get the same s.
+# and all other columns suffer. Here the outlier columns get the same s, and the error is split by the columns that it
+# comes from.
+
 
 # %%
-factors, lost = np.geomspace(1, 30, 16), {"outlier columns": [], "other columns": []}
-for factor in factors:
-    scales = np.ones(len(magnitude))
-    scales[outliers] = factor
-    error = awq.quantize(weight * scales, 3, 32).dequantize() / scales - weight
-    for words, inside in (("outlier columns", True), ("other columns", False)):
-        part = np.where(np.isin(np.arange(len(scales)), outliers) == inside, error, 0)
-        lost[words].append(np.mean((x @ part.T) ** 2) / errors["none"])
+def split_error(factor, bits):
+    """Output errors of the outlier columns and of the others, the outlier columns scaled by `factor`."""
+    scales = np.where(np.isin(np.arange(len(magnitude)), outliers), factor, 1.0)
+    error = awq.quantize(weight * scales, bits, 32).dequantize() / scales - weight
+    parts = np.where(scales != 1, error, 0), np.where(scales != 1, 0, error)
+    return [np.mean((x @ part.T) ** 2) / errors["none"] for part in parts]
+
 
 # %% [markdown]
-# For the columns that are scaled the error falls; for the others it rises as soon as the grids are stretched.
+# Where is the best s? Turn the bits where the notebook is live.
+
 
 # %%
-drawn, axes = figure(height=2.4)
-for (words, values), role in zip(lost.items(), ("method", "baseline"), strict=True):
-    axes.loglog(factors, values, **series(role), label=words)
-axes.set(xlabel="s, for the outlier columns only", ylabel="output error, RTN = 1")
-legend(axes)
-assert lost["outlier columns"][5] < lost["outlier columns"][0] / 3
-assert lost["other columns"][-1] > lost["other columns"][0]
-drawn
+def error_by_factor(bits=3):
+    factors = np.geomspace(1.01, 30, 16)
+    drawn, axes = figure(height=3.0)
+    found = np.transpose([split_error(factor, bits) for factor in factors])
+    for words, values, role in zip(("outlier columns", "other columns"), found, ("method", "baseline"), strict=True):
+        axes.loglog(factors, values, **series(role), label=words)
+    axes.set(xlabel="s, for the outlier columns only", ylabel="output error", title="s moves the error around")
+    legend(axes)
+    return drawn
+
+
+# %% [markdown]
+# The error of the columns that are scaled falls like 1/s². That of the others stays where it was until the grids are
+# stretched, and then rises. Their sum is least in between. (The unit is the error of rounding everything at 3 bits.)
+
+# %%
+explore(error_by_factor, bits=[3, 4, 2])
+
+# %% [markdown]
+# As ranges:
+
+# %%
+small, middle, large = (split_error(factor, 3) for factor in (1.01, 3, 30))
+assert middle[0] < small[0] / 3 and large[1] > small[1] and sum(middle) < min(sum(small), sum(large))
 
 # %% [markdown]
 # ## One number to search for
 #
-# A scale for every channel, but only one number to choose: s is the mean input to the power of r. With r = 0 nothing
-# is scaled, with r near 1 all scaled inputs are level. `search_scales` tries 20 values and compares *outputs*; how the
-# error goes with r is drawn further below. The best r lies inside. And since r = 0 is among the candidates, the search
-# can never do worse than rounding to nearest, on the text that it was calibrated with.
+# A scale for every channel, but only one number to choose, the ratio r: $s_j = (\text{mean } |x_j|)^r$ for channel j
+# (and all are divided by one number, so that the largest times the smallest is 1). With r = 0 nothing is scaled, with r
+# near 1 all scaled inputs are level. `search_scales` tries 20 values and compares *outputs*; how the error goes with r
+# is drawn further below. The best r lies inside. And since r = 0 is among the candidates, the search can never do worse
+# than rounding to nearest, on the text that it was calibrated with.
 
 # %%
 found = awq.search_scales([weight], x, lambda weights: x @ weights[0].T, 3, 32)
@@ -175,9 +199,9 @@ with torch.no_grad():
 scaled, inputs = weight * found.scales, x / found.scales
 limits = awq.search_clip(scaled, inputs, 3, 32)
 kept = limits / np.abs(scaled).reshape(len(scaled), -1, 32).max(axis=-1)  # [out, groups]
-drawn, axes = figure(height=1.9)
+drawn, axes = figure(height=2.2)
 axes.hist(kept.ravel(), bins=np.arange(0.525, 1.05, 0.05), color=COLOURS["method"], rwidth=0.8)
-axes.set(xlabel="range kept", ylabel="rows of groups")
+axes.set(xlabel="share of the range that is kept", ylabel="groups", title="most groups give up their ends")
 assert 0.54 < kept.min() and np.mean(kept < 0.99) > 0.5
 drawn
 
@@ -195,7 +219,8 @@ assert max(chain.values()) < 1
 # ## What it does to the model
 #
 # All blocks now, with and without planted channels, at 3 and 4 bits. On the left what each ratio does to attention in
-# the first block: without outliers, scaling has little to win and the search stays near 0.
+# the first block: without outliers, scaling has little to win and the search stays near 0. On the right, before you
+# look: which of the four models will be worst, and will AWQ bring it back to the others?
 
 # %%
 claim = awq.claim(lab)
@@ -204,7 +229,8 @@ claim.figure
 
 # %% [markdown]
 # With outliers, rounding to nearest loses much more at 3 bits, and AWQ takes most of the difference back. Without
-# them the two are closer.
+# them the two are closer, and at 4 bits there is hardly anything left to win. Planted outliers are all of one size; how
+# much AWQ brings a large model this figure cannot say.
 
 # %%
 assert claim.holds

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from chapters import workbook
+from chapters.explore import explore
 from chapters.figures import COLOURS, figure, heatmap, panels, series
 from chapters.lab import Lab
 from chapters.quantization import gptq, weight_only
@@ -40,10 +41,10 @@ for bits in widths:
     model = lab.model()
     gptq.round_model(model, bits)
     nearest.append(lab.perplexity(model))
-drawn, axes = figure(height=2.4)
+drawn, axes = figure(height=2.6)
 axes.barh([f"{bits} bits" for bits in widths], nearest, color=COLOURS["baseline"])
 axes.axvline(lab.base_perplexity, **series("reference"))
-axes.set(xlabel="perplexity, each weight rounded to the nearest (dashed: full precision)")
+axes.set(xlabel="perplexity (dashed: full precision)", title="each weight rounded to the nearest")
 drawn
 
 # %% [markdown]
@@ -58,44 +59,58 @@ assert nearest[0] < 1.02 * lab.base_perplexity and nearest == sorted(nearest) an
 #
 # `find_grid` gives each row a scale, the distance of its grid points, and a zero point, the code that means 0. The
 # range always holds 0, so that a weight of 0 stays 0. `quantize` turns weights into codes, `dequantize` back into
-# numbers. Here is one row of a layer at 3 bits: dots on the diagonal would have kept their value.
+# numbers. Here is one row of a layer at 3 bits: dots on the diagonal would have kept their value. Turn the bits where
+# the notebook is live.
 
 # %%
 weight = lab.weights["blocks.1.feed_forward.up_proj.weight"].numpy().astype(float)
-scale, zero = gptq.find_grid(weight[:1], 3)
-codes = gptq.quantize(weight[:1], scale, zero, 3)
-rounded = weight_only.dequantize(codes, scale, zero)
-drawn, axes = figure(width=4.0, height=2.8)
-axes.plot(weight[0], weight[0], color=COLOURS["reference"], linewidth=1)
-axes.scatter(weight[0], rounded[0], s=8, color=COLOURS["baseline"])
-axes.set(xlabel="weight", ylabel="rounded", title=f"{len(np.unique(codes))} values for {codes.size} weights")
-drawn
+
+
+def rounded_row(bits=3):
+    scale, zero = gptq.find_grid(weight[:1], bits)
+    codes = gptq.quantize(weight[:1], scale, zero, bits)
+    drawn, axes = figure(width=5.0, height=2.8)
+    axes.plot(weight[0], weight[0], color=COLOURS["reference"], linewidth=1)
+    axes.scatter(weight[0], weight_only.dequantize(codes, scale, zero)[0], s=8, color=COLOURS["baseline"])
+    axes.set(xlabel="weight", ylabel="rounded", title=f"{len(np.unique(codes))} values for {codes.size} weights")
+    return drawn
+
+
+# %% [markdown]
+# Each horizontal run of dots is one code: all of its weights become one number.
+
+# %%
+explore(rounded_row, bits=(2, 6))
 
 # %% [markdown]
 # A weight inside the range moves by half a step at most. (An end of the range may move a little further, because
 # the zero point itself is rounded.) Taken alone, no weight could do better.
 
 # %%
+scale, zero = gptq.find_grid(weight[:1], 3)
+codes = gptq.quantize(weight[:1], scale, zero, 3)
+rounded = weight_only.dequantize(codes, scale, zero)
 assert np.mean(np.abs(rounded - weight[:1]) <= scale / 2 * (1 + 1e-9)) > 0.95
 assert codes.max() <= 7 and gptq.quantize(np.zeros(1), scale, zero, 3)[0] == zero[0]
 
 # %% [markdown]
 # ## The idea
 #
-# But weights are not taken alone. A layer computes sums of weights times inputs, and inputs are correlated: where
-# input 5 is large, input 9 tends to be large as well. If the weight of input 5 was rounded up, the weight of input
-# 9 can give way a little, and the sum stays where it was. What counts is the error of the *outputs*, and it depends
-# on the inputs only through the Hessian H = 2 XᵀX, summed over some calibration text. Its off-diagonal half says
-# which weights can help each other out. Here it is for the first 32 inputs of the layer, scaled to correlations.
+# But weights are not taken alone. A layer computes sums of weights times inputs, and inputs are correlated: where input
+# 5 is large, input 9 tends to be large as well. If the weight of input 5 was rounded up, the weight of input 9 can give
+# way a little, and the sum stays where it was. What counts is the error of the *outputs*, and it depends on the inputs
+# only through the Hessian H = 2 XᵀX, where X has a row for each token of some calibration text and a column for each
+# input: a row of weights that errs by e loses ½ eᵀHe. What stands off its diagonal says which weights can help each
+# other out. Here it is for the first 32 inputs of the layer, scaled to correlations (and 0 on the diagonal).
 
 # %%
 name = "blocks.1.feed_forward.up_proj"
 hessian = lab.once("hessian", lambda: gptq.hessians(lab.model(), lab.calibration(count=64), [name])[name])
 spread = np.sqrt(np.diag(hessian))
 correlation = hessian / np.outer(spread, spread)
-drawn, axes = figure(width=4.0, height=3.0)
+drawn, axes = figure(width=5.0, height=3.4)
 heatmap(axes, correlation[:32, :32] - np.eye(32), "correlation")
-axes.set(xlabel="input", ylabel="input")
+axes.set(xlabel="input", ylabel="input", title="inputs that move together")
 drawn
 
 # %% [markdown]
@@ -133,9 +148,9 @@ np.testing.assert_allclose(rest, gptq.gptq(weight[:, :columns], h, 3).dequantize
 
 # %%
 moved = np.array(history)
-drawn, axes = figure(width=4.8, height=3.2)
+drawn, axes = figure(height=3.4)
 heatmap(axes, moved, "distance from the trained weight")
-axes.set(xlabel="column", ylabel="columns rounded so far")
+axes.set(xlabel="column", ylabel="columns rounded so far", title="what is not yet rounded makes up")
 assert (moved[-1] == moved[np.arange(columns), np.arange(columns)]).all(), "a rounded column never moves again"
 assert np.abs(np.triu(moved, 1)).max() > 0, "the others do"
 drawn
@@ -143,20 +158,20 @@ drawn
 # %% [markdown]
 # ## Worse weights, better outputs
 #
-# Back to the whole layer at 3 bits. On the left what round to nearest changes in a corner of the matrix, in the
+# Back to the whole layer at 3 bits. On the left what round to nearest (RTN) changes in a corner of the matrix, in the
 # middle what GPTQ changes. By the look of it GPTQ is worse: its weights are further from the trained ones. On the
-# right is what that does to the outputs, the quantity that we care about.
+# right is what that does to the outputs, the quantity that we care about. What do you expect there?
 
 # %%
 layers = {"RTN": gptq.round_to_nearest(weight, 3), "GPTQ": gptq.gptq(weight, hessian, 3)}
 errors = {method: held.dequantize() - weight for method, held in layers.items()}
 outputs = {method: np.sum(error @ hessian * error) for method, error in errors.items()}
-drawn, axes = panels(3, width=8.4, height=2.6)
+drawn, axes = panels(3, width=9.6, height=2.8)
 for place, (method, error) in zip(axes, errors.items(), strict=False):
     heatmap(place, error[:24, :24], "weight error", limit=float(np.abs(errors["GPTQ"]).max()) / 2)
-    place.set(title=method, xticks=[], yticks=[])
-axes[2].bar(list(outputs), list(outputs.values()), color=[COLOURS["baseline"], COLOURS["method"]])
-axes[2].set(title="output error", yticks=[])
+    place.set(title=f"{method}: what changed", xlabel="input", ylabel="output")
+axes[2].bar(list(outputs), [1, outputs["GPTQ"] / outputs["RTN"]], color=[COLOURS["baseline"], COLOURS["method"]])
+axes[2].set(title="and to the outputs", ylabel="error, RTN = 1")
 drawn
 
 # %% [markdown]
@@ -170,7 +185,7 @@ assert outputs["GPTQ"] < 0.95 * outputs["RTN"]
 # ## Where it comes from
 #
 # GPTQ's ancestor OBQ chooses which weight of a row to round next: the one that costs least. Every row then has an
-# order, and an inverse Hessian, of its own, which is why OBQ is slow, and why it was long thought necessary. GPTQ's
+# order, and an inverse Hessian, of its own, which is why OBQ is slow. The order was thought to be worth it. GPTQ's
 # finding is that a common order does nearly as well. Here are a few rows of an attention layer at 3 bits, on all three.
 
 # %%
@@ -186,7 +201,7 @@ losses = {method: np.sum(error @ h * error) for method, error in errors.items()}
 # Both lose less than rounding to nearest; OBQ takes the columns of every row in an order of its own.
 
 # %%
-drawn, axes = figure(width=4.8, height=1.8)
+drawn, axes = figure(height=1.9)
 axes.barh(list(losses), [loss / losses["RTN"] for loss in losses.values()], color=COLOURS["method"])
 axes.set(xlabel="output error, round to nearest = 1")
 assert max(losses["GPTQ"], losses["OBQ"]) < losses["RTN"]
@@ -206,9 +221,9 @@ chosen["groups of 32, act-order"] = {"group_size": 32, "act_order": True}
 held = {"RTN": layers["RTN"]} | {label: gptq.gptq(weight, hessian, 3, **options) for label, options in chosen.items()}
 errors = {label: found.dequantize() - weight for label, found in held.items()}
 losses = [np.sum(error @ hessian * error) / outputs["RTN"] for error in errors.values()]
-drawn, axes = figure(width=5.2, height=2.0)
+drawn, axes = figure(height=2.4)
 axes.barh([f"{label}, {found.bits_per_weight():.2f} bits" for label, found in held.items()], losses)
-axes.set(xlabel="output error, round to nearest = 1")
+axes.set(xlabel="output error, RTN = 1")
 axes.invert_yaxis()
 drawn
 
@@ -223,7 +238,7 @@ assert losses[0] > losses[1] > max(losses[3:])
 #
 # All layers of all blocks now, one block after another, each calibrated on what comes through the quantized blocks
 # before it. This is the chapter's claim: at 3 bits GPTQ loses less than rounding to nearest. It is measured here on
-# text that neither training nor calibration has seen.
+# text that neither training nor calibration has seen. At which width do you expect the difference to be largest?
 
 # %%
 claim = gptq.claim(lab)
@@ -232,7 +247,8 @@ claim.figure
 
 # %% [markdown]
 # The finer the grid, the less there is to repair: at 4 bits both methods are close to full precision. At 2 bits the
-# difference is largest, and groups are worth their price.
+# difference is largest, and groups are worth their price. What the figure cannot say is how a larger model fares; it
+# has more columns to repair with, and usually loses less.
 
 # %%
 assert claim.holds

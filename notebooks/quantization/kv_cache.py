@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from chapters import workbook
+from chapters.explore import explore
 from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.quantization import kv_cache
@@ -33,24 +34,26 @@ lab = Lab()
 # ## What hurts
 #
 # Llama-3-8B keeps 32 layers · 8 heads · 128 channels, for keys and for values, in 16 bits: 131 kB for each token of
-# each text. Its weights take 16 GB. Here is where the cache overtakes them.
+# each text. Its weights take 16 GB. Here is where the cache overtakes them, and where codes of 4 or 2 bits leave it:
+# with their groups' steps and minima 5 and 3 bits for each number, as we shall see.
 
 # %%
 thousands = np.array([0, 250])
-drawn, axes = figure(width=4.6, height=2)
+drawn, axes = figure(height=2.8)
 for bits, role in ((16, "baseline"), (5, "method"), (3, "second")):
     gigabytes = 32 * 8 * 128 * 2 * bits / 8 * thousands / 1e6
     axes.plot(thousands, gigabytes, **series(role) | {"marker": ""}, label=f"cache, {bits} bits a number")
 axes.axhline(16, **series("reference"), label="weights")
-axes.set(xlabel="thousands of tokens held, of all texts together", ylabel="gigabytes")
-legend(axes, fontsize=8)
+axes.set(xlabel="thousands of tokens held, all texts together", ylabel="GB", title="the cache outgrows the model")
+axes.set_ylim(0, 50)
+legend(axes, ncols=2, loc="upper left")
 drawn
 
 # %% [markdown]
 # ## A look at what is held
 #
-# These are the keys and values of one head of our model for one text: 48 tokens down, 32 channels across. The keys
-# have stripes: some channels are large, and they are so for every token. The values look like noise.
+# These are the keys and values of one head of our model for one text: 48 tokens down, 32 channels across. What is the
+# difference between the two?
 
 # %%
 model, text = lab.model(), lab.validation[:1, :48]
@@ -58,25 +61,28 @@ cache = KVCache(lab.config, 1, 48)
 with torch.no_grad():
     model(text, cache)
 keys, values = (half[1, 0, 1, :, :].numpy() for half in (cache.k, cache.v))
-drawn, axes = panels(2, width=5.6, height=2)
-heatmap(axes[0], keys, "key")
-heatmap(axes[1], values, "value")
+drawn, axes = panels(2, width=9.0, height=2.8)
+for axis, numbers, words in zip(axes, (keys, values), ("keys", "values"), strict=True):
+    heatmap(axis, numbers, "number held")
+    axis.set(xlabel="channel", ylabel="token", title=words)
 drawn
 
 # %% [markdown]
 # ## One group, one step
 #
-# A group of numbers shares its smallest value and a step; each number becomes how many steps it lies above. With
-# 2 bits there are four levels. A group along a token has the stripes in it: they make its step wide, and all other
-# channels must do with that. A group along a channel has a stripe to itself, or none. Here are the steps of 32 groups
-# of either kind, for the same 32 tokens, from the finest to the widest.
+# The keys have stripes: some channels are large, and they are so for every token. The values look more like noise.
+#
+# A group of numbers shares its smallest value and a step; each number becomes how many steps it lies above. With 2 bits
+# there are four levels. A group along a token has the stripes in it: they make its step wide, and all other channels
+# must do with that. A group along a channel has a stripe to itself, or none. Here are the steps of 32 groups of either
+# kind, for the same 32 tokens, from the finest to the widest.
 
 # %%
-drawn, axes = figure(width=4.4, height=2)
+drawn, axes = figure(height=2.4)
 for per, role in (("token", "baseline"), ("channel", "method")):
     codes, grid = kv_cache.quantize(keys[:32], 2, 32, per, "kivi")
     axes.plot(np.sort(grid[..., 0].ravel()), **series(role) | {"marker": ""}, label=f"groups per {per}")
-axes.set(xlabel="group", ylabel="step")
+axes.set(xlabel="group, sorted by its step", ylabel="step", title="keys: finer steps along channels")
 axes.set_ylim(bottom=0)
 legend(axes)
 drawn
@@ -97,6 +103,32 @@ assert errors["channel"] < errors["token"]
 print({per: round(error, 3) for per, error in errors.items()})
 
 # %% [markdown]
+# Here is that error, number by number, for the keys. Where the notebook is live, look at the values, too, and at 4
+# bits.
+
+
+# %%
+def error_maps(held="keys", bits=2):
+    numbers = (keys if held == "keys" else values)[:32]
+    lost = []
+    for per in ("token", "channel"):
+        lost.append(np.abs(kv_cache.dequantize(*kv_cache.quantize(numbers, bits, 32, per, "kivi"), 32, per) - numbers))
+    drawn, axes = panels(2, width=9.0, height=2.8)
+    for axis, error, per in zip(axes, lost, ("token", "channel"), strict=True):
+        heatmap(axis, error, "|error|", limit=float(np.max(lost)))
+        axis.set(xlabel="channel", ylabel="token", title=f"{held}, groups per {per}: mean {error.mean():.2f}")
+    return drawn
+
+
+# %% [markdown]
+# On the left whole rows are bright: a token with one number far out has a coarse step in all channels. On the right
+# columns are: a channel with a number far out keeps its coarse step to itself. A stripe, large but nearly the same for
+# all tokens, costs its own group little.
+
+# %%
+explore(error_maps, held=["keys", "values"], bits=[2, 4])
+
+# %% [markdown]
 # ## Bytes
 #
 # `pack` puts four codes of 2 bits, or two of 4 bits, into a byte, the first in its highest bits. For a group of 32, a
@@ -114,7 +146,7 @@ assert 8 * (packed.nbytes + 2 * grid.size) / codes.size == 3
 #
 # Groups along a channel need 32 tokens, and a new token is one. So the newest positions wait in full precision until
 # they fill a block. `QuantizedCache` does that behind minitfm's `cache` seam. Here are the bytes that it holds, as
-# tokens come one at a time: the saw teeth are the window of the keys.
+# tokens come one at a time. What will the line look like?
 
 # %%
 plans = Plan("channel", 2, 32, 32, "kivi"), Plan("token", 2, 32, 0, "kivi")
@@ -125,13 +157,14 @@ with torch.no_grad():
         held.append(cache.nbytes())
 
 # %% [markdown]
-# Keys wait in full precision until a group of tokens is full: hence the steps.
+# Saw teeth: keys wait in full precision until 32 tokens fill a group, and then shrink at once. (Values do not wait;
+# their groups lie within a token.)
 
 # %%
-drawn, axes = figure(width=4.6, height=2)
+drawn, axes = figure(height=2.6)
 axes.plot(np.arange(1, 129), np.array(held) / 1e3, **series("method") | {"marker": ""}, label="2 bits")
 axes.plot(np.arange(1, 129), np.arange(1, 129) * 2.048, **series("baseline") | {"marker": ""}, label="16 bits")
-axes.set(xlabel="tokens", ylabel="kilobytes")
+axes.set(xlabel="tokens read", ylabel="kilobytes held")
 legend(axes)
 drawn
 
@@ -146,8 +179,9 @@ assert held[127] == 128 * per_token * 3 / 8 and KIVI_KEYS.residual == 128
 # %% [markdown]
 # ## What it costs the model
 #
-# The claim reads three quarters of each text into a cache, and asks how well the model then predicts the rest. It
-# tries 4 bits in FlexGen's way, and 2 bits with groups along each of the two directions.
+# The claim reads three quarters of each text into a cache, and asks how well the model then predicts the rest. It tries
+# 4 bits in FlexGen's way, and 2 bits with groups along each of the two directions. Which of the four will win, and is
+# it the keys or the values that decide?
 
 # %%
 claim = kv_cache.claim(lab)
@@ -174,9 +208,9 @@ assert list(nbytes.values()) == [16 * per_token / 8, 5 * per_token / 8, 3 * per_
 case = kernel.CASES[1]
 numbers, gpu = 2 * 16 * 8 * 8192 * 128, hardware.GPUS["H200"]
 moved = {"expand, then attend": case.bytes + 4 * numbers, "16-bit cache": 2 * numbers, "codes, fused": case.bytes}
-drawn, axes = figure(height=1.8)
+drawn, axes = figure(height=2.2)
 axes.barh(list(moved), [1e6 * size / gpu.bandwidth for size in moved.values()], color=COLOURS["method"])
-axes.set(xlabel="least microseconds on an H200")
+axes.set(xlabel="least time on an H200, µs", title="codes help only if they are never expanded in memory")
 assert 3 < moved["16-bit cache"] / moved["codes, fused"] < 3.3
 drawn
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from chapters import workbook
+from chapters.explore import explore
 from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.quantization import lut_gemm
@@ -35,7 +36,7 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts
 #
-# Here are the weights of one group of our model, and the four values that a uniform 2-bit grid has for them. The
+# Here are the 128 weights of one group of our model, and the four values that a uniform 2-bit grid has for them. The
 # grid must reach the ends, so most weights, which lie around zero, get one or two values to share.
 
 # %%
@@ -45,20 +46,32 @@ coded = lut_gemm.alternating(weight, 2, 128)
 row = 5
 
 # %% [markdown]
-# Four values each: evenly spaced ones, and where the weights are.
+# Four values each: evenly spaced ones above, and below them those of BCQ, which we shall find further below. Turn the
+# planes (a plane is one sign for every weight, so one bit) where the notebook is live: the more values, the less does
+# it matter where they lie.
+
 
 # %%
-drawn, axes = figure(height=2.8)
-axes.hist(weight[row], bins=30, color=COLOURS["muted"])
-for held, words, role in ((grid, "uniform", "baseline"), (coded, "BCQ", "method")):
-    for i, value in enumerate(np.unique(held.dequantize()[row])):
-        axes.axvline(value, color=COLOURS[role], linestyle=series(role)["linestyle"], label=words if i == 0 else None)
-axes.set(xlabel="weight", ylabel="how many of the group")
-legend(axes)
-drawn
+def values_of_a_group(planes=2):
+    drawn, axes = figure(height=3.0)
+    tallest = axes.hist(weight[row], bins=30, color=COLOURS["muted"])[0].max()
+    two = round_to_nearest(weight, planes, 128), lut_gemm.alternating(weight, planes, 128)
+    for held, words, role, up in zip(two, ("uniform", "BCQ"), ("baseline", "method"), (1.3, 1.1), strict=True):
+        values = np.unique(held.dequantize()[row])
+        axes.plot(values, np.full(len(values), up * tallest), **series(role) | {"linestyle": ""}, label=words)
+    axes.set(xlabel="weight", ylabel="weights of a group", title=f"{2**planes} values for 128 weights")
+    legend(axes, loc="center right")
+    return drawn
+
 
 # %% [markdown]
-# Two scales give four values, mirrored around zero, and they lie where the weights are.
+# The uniform grid spends a value on an end where hardly a weight is. BCQ's values stand closer.
+
+# %%
+explore(values_of_a_group, planes=(1, 4))
+
+# %% [markdown]
+# With two scales the four values are ± large ± small, mirrored around zero. They leave less squared error.
 
 # %%
 large, small = coded.alpha[row, 0]
@@ -78,11 +91,12 @@ assert lost[1] < lost[0]
 first = lut_gemm.greedy(weight, 3, 128)
 signs, alpha = first.signs[row, :6].astype(float), first.alpha[row, 0]
 left = weight[row, :6, None] - np.cumsum(signs * alpha, axis=1)
-drawn, axes = panels(3, width=8.4, height=2.2)
+drawn, axes = panels(3, width=8.8, height=2.6)
 heatmap(axes[0], weight[row, :6, None], "weight", digits=2)
-heatmap(axes[1], signs, "sign in plane 0, 1, 2", digits=0)
-heatmap(axes[2], left, "left over after it", digits=2)
-axes[0].set_xticks([])
+heatmap(axes[1], signs, "sign", digits=0)
+heatmap(axes[2], left, "left over after the plane", digits=2)
+for axis, words in zip(axes, ("", "plane", "plane"), strict=True):
+    axis.set(xlabel=words, ylabel="column")
 drawn
 
 # %% [markdown]
@@ -141,9 +155,9 @@ assert squares[1] <= squares[0]
 # %%
 x = np.random.default_rng(0).normal(size=(1, weight.shape[1]))
 tables = lut_gemm.sign_sums(x)
-drawn, axes = figure(width=4.8, height=1.9)
+drawn, axes = figure(height=2.3)
 axes.plot(tables[0, 0, :64], color=COLOURS["method"], linewidth=1)
-axes.set(xlabel="key: eight signs as a byte", ylabel="sum")
+axes.set(xlabel="key: eight signs as a byte", ylabel="signed sum", title="one table: sums made once, looked up often")
 assert tables.shape == (1, weight.shape[1] // 8, 256) and np.allclose(tables, -tables[..., ::-1])
 drawn
 
@@ -164,6 +178,7 @@ assert lut_gemm.keys(packed).size == lookups < multiplications
 #
 # The claim codes all linear layers of all blocks, greedily and with 15 rounds, and puts a uniform grid with groups of
 # the same size beside them. (At the same size, BCQ stores a scale per plane, and a uniform grid one and a zero point.)
+# Values that may lie anywhere can only be better than evenly spaced ones, or can they?
 
 # %%
 claim = lut_gemm.claim(lab)
@@ -189,15 +204,18 @@ assert ratio[2] < ratio[3] < ratio[4]
 # ## The kernel, in bytes
 #
 # A plane is one bit per weight, so time could fall with every plane left out. Here is the least time that the bytes
-# take on an H200, for one token and a 4096 × 4096 layer.
+# take on an H200, for one token and a 4096 × 4096 layer (in bfloat16, 33.6 MB).
 
 # %%
 gpu, planes = hardware.GPUS["H200"], [1, 2, 3, 4]
 floors = [1e6 * hardware.floor_seconds(kernel.llama_case(4096, 4096, count), gpu) for count in planes]
 dense = 1e6 * 2 * (4096 * 4096 + 2 * 4096) / gpu.bandwidth
-for count, floor in zip(planes, floors, strict=True):
-    print(f"{count} planes, groups of 128: {floor:4.1f} µs;  bfloat16: {dense:.1f} µs")
+drawn, axes = figure(height=2.2)
+axes.barh(["1 plane", "2 planes", "3 planes", "4 planes", "bfloat16"], [*floors, dense], color=COLOURS["method"])
+axes.set(xlabel="least time, µs (groups of 128)", title="every plane left out saves its bytes")
+axes.invert_yaxis()
 assert all(dense / floor > 3.4 for floor in floors)
+drawn
 
 # %% [markdown]
 # The floor is not reached: for each sign a GPU must do something, too, and it has about one instruction to spare for

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from chapters import workbook
+from chapters.explore import explore
 from chapters.figures import COLOURS, figure, legend, series
 from chapters.lab import Lab
 from chapters.quantization import qat
@@ -30,7 +31,8 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts
 #
-# All weights of the blocks rounded to signed codes, a step for each row, and nothing trained: `steps=0`.
+# All weights of the blocks rounded to signed codes (with 3 bits, −4 to 3, times a step), a step for each row, and
+# nothing trained: `steps=0`. Perplexity against bits; dashed is full precision.
 
 # %%
 widths, found = (5, 4, 3, 2), []
@@ -41,7 +43,7 @@ for bits in widths:
 drawn, axes = figure(height=2.6)
 axes.plot(widths, found, **series("baseline"))
 axes.axhline(lab.base_perplexity, **series("reference"))
-axes.set(xlabel="bits", ylabel="perplexity", xticks=widths)
+axes.set(xlabel="bits for each weight", ylabel="perplexity", xticks=widths, title="rounded, not trained")
 drawn
 
 # %% [markdown]
@@ -56,22 +58,34 @@ assert found[-1] > max(found[:-1])
 #
 # Rounding is a staircase. Its derivative is 0 nearly everywhere, and no gradient gets through. The straight-through
 # estimator takes 1 where a number may still choose among the codes, and 0 where it is clipped: there a small change
-# does nothing. Below, `lsq` at 2 bits with a step of 1, and the gradient that `lsq_gradient` lets pass.
+# does nothing. Below, `lsq` at 2 bits with a step of s = 1, and the gradient that `lsq_gradient` lets pass. Turn the
+# bits where the notebook is live: the more codes, the wider the range that lets gradients pass.
+
 
 # %%
-x = np.linspace(-3, 2, 501)
 one = np.ones(1)
-dx, _ = qat.lsq_gradient(x, one, np.ones_like(x), bits=2)
-drawn, axes = figure(height=2.6)
-axes.plot(x, qat.lsq(x, one, bits=2), color=COLOURS["method"], label="value")
-axes.plot(x, dx, color=COLOURS["baseline"], linestyle="--", label="gradient that passes")
-axes.set(xlabel="x / s", ylabel="value / s")
-legend(axes)
-assert set(np.unique(dx)) == {0, 1}
-drawn
+
+
+def staircase(bits=2):
+    x = np.linspace(-1.5, 1.5, 601) * 2 ** (bits - 1)
+    dx, _ = qat.lsq_gradient(x, one, np.ones_like(x), bits)
+    drawn, axes = figure(height=2.8)
+    axes.plot(x, qat.lsq(x, one, bits), color=COLOURS["method"], label="value / s")
+    axes.plot(x, dx, color=COLOURS["baseline"], linestyle="--", label="gradient that passes")
+    axes.set(xlabel="x / s", title=f"{2**bits} codes; the gradient passes between the ends")
+    legend(axes)
+    return drawn
+
+
+# %% [markdown]
+# The codes of 2 bits are −2, −1, 0 and 1, one more below zero than above. So is the range that lets gradients pass.
+
+# %%
+explore(staircase, bits=(2, 5))
 
 # %% [markdown]
 # The mask looks at x / s before it is rounded. A number at 1.3 rounds to the largest code, 1, and yet it is clipped.
+# (`straight_through` is the mask of quantizers without a learned step; there a limit on |x| is given.)
 
 # %%
 assert qat.straight_through(np.array([-2.6, 0.3, 2.5]), np.ones(3), limit=2.5).tolist() == [0, 1, 0]
@@ -82,7 +96,9 @@ assert dx.tolist() == [1, 0] and qat.lsq_codes(np.array([1.0, 1.3]), one, bits=2
 # ## A step that is learned
 #
 # The step s is a parameter, too. To its gradient a number adds its rounding error where it is inside, and the whole
-# code where it is clipped, each times the gradient dy that arrives there. With dy = 1, at 3 bits:
+# code where it is clipped, each times the gradient dy that arrives there. The sum is divided by √(n · Qp), with n
+# numbers and the largest code Qp, so that steps do not learn much faster than weights. With dy = 1 and one number, at 3
+# bits (codes −4 to 3, divided by √3):
 
 # %%
 x = np.linspace(-6, 5, 1101)
@@ -90,15 +106,15 @@ each = [qat.lsq_gradient(np.array([number]), one, one, bits=3)[1][0] for number 
 drawn, axes = figure(height=2.6)
 axes.plot(x, each, color=COLOURS["method"])
 axes.axhline(0, **series("reference"))
-axes.set(xlabel="x / s", ylabel="share of ds")
-assert np.argmin(each) < 200 and each[-1] == max(each)  # what is clipped weighs most
+axes.set(xlabel="x / s", ylabel="share of ds", title="what is clipped pulls hardest")
+assert np.isclose(min(each), -4 / 3**0.5) and np.isclose(each[-1], 3 / 3**0.5) and each[-1] == max(each)
 drawn
 
 # %% [markdown]
-# A miniature: learn s for one row of real weights, with the squared error as loss. The circles mark the first step,
-# 2 mean|w| / √Qp, and the learned one. Here numbers inside always ask for a smaller step and clipped ones for a larger,
-# and it settles where they balance: near the least error, not at it, because a straight-through gradient is not a
-# derivative. The paper finds the same in trained networks (section 3.6).
+# A miniature: learn s for one row of real weights, with the squared error as loss. LSQ begins at the step 2 mean|w| /
+# √Qp. Here numbers inside always ask for a smaller step and clipped ones for a larger, and it settles where they
+# balance: near the least error, not at it, because a straight-through gradient is not a derivative. The paper finds the
+# same in trained networks (section 3.6).
 
 # %%
 w = lab.model().blocks[0].attention.q_proj.weight[:1].double().numpy(force=True)
@@ -109,22 +125,25 @@ candidates = np.append(np.linspace(0.3, 1.5, 60) * start, [start, scale])
 errors = np.array([((qat.lsq(w, np.array([s]), bits=3) - w) ** 2).sum() for s in candidates])
 
 # %% [markdown]
-# The line between the circles leads from the first step to the learned one, which has less error.
+# On the curve of all steps' errors, the learned one stands near the bottom.
 
 # %%
 drawn, axes = figure(height=2.6)
-axes.plot(candidates[:-2], errors[:-2], color=COLOURS["baseline"])
-axes.plot(candidates[-2:], errors[-2:], **series("method"))
+axes.plot(candidates[:-2], errors[:-2], color=COLOURS["muted"])
+for at, role, words in ((-2, "baseline", "first step"), (-1, "method", "learned step")):
+    axes.plot(candidates[at], errors[at], **series(role) | {"linestyle": "", "markersize": 8}, label=words)
 axes.set(xlabel="step s", ylabel="squared error of the row")
+legend(axes)
 assert errors[-1] < 1.5 * errors.min() < errors[0]
 drawn
 
 # %% [markdown]
 # ## In the model, with a teacher
 #
-# `quantize_aware` puts a layer that rounds its weights in the place of every linear layer, trains weights and steps
-# for a while, and leaves plain layers with rounded weights behind. The text says which token came next; the
-# full-precision model says how likely each was. Learning from the latter costs one more forward pass a step.
+# `quantize_aware` puts a layer that rounds its weights in the place of every linear layer, trains weights and steps for
+# a while, and leaves plain layers with rounded weights behind. The text says which token came next; the full-precision
+# model, the teacher, says how likely each was. Learning from the latter costs one more forward pass a step. The claim
+# trains at 2 bits, briefly. How much of the loss do you expect to come back?
 
 # %%
 claim = qat.claim(lab)
@@ -132,7 +151,8 @@ print(claim.sentence)
 claim.figure
 
 # %% [markdown]
-# Training repairs most of it, and a teacher helps.
+# Training repairs most of it, and a teacher helps. That is a short training on one small model: how far a long one
+# gets, and whether the teacher is then still ahead, the figure does not say.
 
 # %%
 assert claim.holds

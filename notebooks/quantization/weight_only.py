@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from chapters import workbook
+from chapters.explore import explore
 from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.quantization import weight_only
@@ -35,8 +36,9 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts
 #
-# Here is what a decode step of our model reads: nearly all of it are the linear layers of the blocks. In a large
-# model, whose vocabulary is small beside its width, they are nearly everything. These are what we pack.
+# Here is what a decode step of our model reads (one token written, all weights read once). Most of it are the linear
+# layers of the blocks. In a large model, whose vocabulary is small beside its layers, they are nearly everything. These
+# are what we pack.
 
 # %%
 linear = sum(layer.weight.numel() for layer in surgery.linears(lab.model()).values())
@@ -44,7 +46,7 @@ parts = {"linear layers of the blocks": linear, "embedding, norms": lab.paramete
 assert linear > 0.5 * lab.parameters
 drawn, axes = figure(height=1.8)
 axes.barh(list(parts), [2 * count / 1e6 for count in parts.values()], color=COLOURS["baseline"])
-axes.set(xlabel="megabytes in 16 bits")
+axes.set(xlabel="megabytes read for a token, in 16 bits")
 axes.invert_yaxis()
 drawn
 
@@ -52,22 +54,35 @@ drawn
 # ## Codes on a grid
 #
 # A row of weights, or a group of neighbours in it, gets a scale and a zero point: the code `zero` means 0, and each
-# step up or down is one `scale`. With 4 bits there are 16 values. `nearest_codes` spreads them from the smallest
-# weight of the group to the largest and takes the nearest for each. Here are 24 weights, their codes, and the values
-# that the codes stand for.
+# step up or down is one `scale`. With 4 bits there are 16 values. `nearest_codes` spreads them from the smallest weight
+# of the group to the largest and takes the nearest for each. Here are 24 weights, their codes, and the values that the
+# codes stand for. Where the notebook is live, give it fewer bits, or larger groups, and compare left and right: when do
+# neighbours become equal?
 
 # %%
 weight = lab.weights["blocks.1.feed_forward.up_proj.weight"].numpy().astype(float)
 held = weight_only.nearest_codes(weight, group_size=32)
-drawn, axes = panels(3, width=9.6, height=2.4)
-heatmap(axes[0], weight[:4, :6], "weight", digits=2)
-heatmap(axes[1], held.codes[:4, :6], "code", digits=0)
-heatmap(axes[2], held.dequantize()[:4, :6], "value", digits=2)
-drawn
+
+
+def side_by_side(bits=4, group_size=32):
+    found = weight_only.nearest_codes(weight, group_size, bits)
+    parts = {"weight": weight, "code": found.codes, "value": found.dequantize()}
+    drawn, axes = panels(3, width=10.8, height=2.6)
+    for place, (words, part) in zip(axes, parts.items(), strict=True):
+        heatmap(place, part[2:6, :6], words, digits=0 if words == "code" else 2)
+        place.set(xlabel="column", ylabel="row", yticks=range(4), yticklabels=range(2, 6))
+    return drawn
+
 
 # %% [markdown]
-# Nearly every weight moves by half a step at most. (The ends of a range may move a little further, because the zero
-# point and the scale are rounded, too.)
+# Rows have grids of their own: one code stands for different values in different rows.
+
+# %%
+explore(side_by_side, bits=[4, 3, 2], group_size=[32, 64, 128])
+
+# %% [markdown]
+# Measured over the whole layer: nearly every weight moves by half a step at most. (The ends of a range may move a
+# little further, because the zero point and the scale are rounded, too.)
 
 # %%
 moved = np.abs(held.dequantize() - weight) / held.scale[:, held.group_of_column]
@@ -82,11 +97,11 @@ assert held.codes.max() <= 15 and np.mean(moved < 0.5 + 1e-9) > 0.9
 
 # %%
 words, places = np.divmod(np.arange(32), 4)[::-1]
-drawn, axes = figure(width=6.4, height=2.2)
+drawn, axes = figure(width=6.4, height=2.4)
 layout = np.empty((4, 8))
 layout[words, places] = np.arange(32)
 heatmap(axes, layout, "column", digits=0)
-axes.set(xlabel="bits 4 i to 4 i + 3: i", ylabel="word")
+axes.set(xlabel="place i of the word: bits 4 i to 4 i + 3", ylabel="word", title="which column lies where")
 drawn
 
 # %% [markdown]
@@ -126,9 +141,10 @@ except ValueError as error:
 # %% [markdown]
 # ## The product
 #
-# `weight_only_matmul` unpacks, scales and multiplies. Scale and zero point need not be applied to each weight: the
-# scale is the same for the whole group, and so is what the zero point subtracts for each activation. The kernel for
-# one token therefore sums code · x and x over a group's columns and does the rest once:
+# `weight_only_matmul` unpacks, scales and multiplies. For one row and one group, let c be the codes, s the scale, z the
+# zero point and x the activations. Scale and zero point need not be applied to each weight: the scale is the same for
+# the whole group, and so is what the zero point subtracts for each activation. The kernel for one token therefore sums
+# code · x and x over a group's columns and does the rest once:
 #
 # $$\sum_k s\,(c_k - z)\,x_k \;=\; s\,\Bigl(\sum_k c_k x_k - z \sum_k x_k\Bigr)$$
 
@@ -143,9 +159,10 @@ np.testing.assert_allclose(late.sum(-1), y, atol=1e-10)
 # %% [markdown]
 # ## In the model
 #
-# `WeightOnlyLinear` holds packed codes, 16-bit scales and 8-bit zero points, nothing else. So a weight takes
-# bits + 24 / g bits in groups of g. The claim packs all linear layers of all blocks, counts the bytes that they then
-# hold, and compares logits with a model of the same rounded weights in plain layers.
+# `WeightOnlyLinear` holds packed codes, 16-bit scales and 8-bit zero points, nothing else. So a weight takes bits + 24
+# / g bits in groups of g. The claim packs all linear layers of all blocks, counts the bytes that they then hold, and
+# compares logits with a model of the same rounded weights in plain layers. Smaller groups cost more bytes. What do you
+# expect: do they buy anything?
 
 # %%
 claim = weight_only.claim(lab)
@@ -154,8 +171,9 @@ claim.figure
 
 # %% [markdown]
 # Packing itself changes nothing: what a model loses, it loses when codes are chosen. Small groups are the dear end of
-# the curve, to the right: their grids fit better. How much better depends on how far the weights of a row differ in
-# size, and in a small model they differ little; between 64 columns and a whole row the difference may drown in noise.
+# the curve, to the right, and the better one: their grids fit. How much better depends on how far the weights of a row
+# differ in size, and in a small model they differ little; between 64 columns and a whole row the difference may drown
+# in noise.
 
 # %%
 assert claim.holds
@@ -191,14 +209,15 @@ dense = [max(2 * (4096 * 4096 + 8192 * m) / gpu.bandwidth, 2 * m * 4096 * 4096 /
 two = [hardware.floor_seconds(kernel.llama_case(int(count), 4096, 4096, bits=2), gpu) for count in tokens]
 
 # %% [markdown]
-# Fewer bits lower the line as long as reading the weights is what takes the time.
+# Fewer bits lower the line as long as reading the weights is what takes the time: the flat part. From its end on all
+# three wait for the same multiplications. The fewer bits, the earlier that end.
 
 # %%
 drawn, axes = figure(height=2.8)
 axes.loglog(tokens, 1e6 * np.array(dense), **series("baseline"), label="bfloat16")
 axes.loglog(tokens, 1e6 * np.array(floors), **series("method"), label="4 bits, groups of 128")
 axes.loglog(tokens, 1e6 * np.array(two), **series("second"), label="2 bits, groups of 128")
-axes.set(xlabel="tokens", ylabel="least microseconds")
+axes.set(xlabel="tokens multiplied at once", ylabel="least time, µs", title="codes pay until arithmetic takes over")
 legend(axes)
 drawn
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from chapters import workbook
+from chapters.explore import explore
 from chapters.figures import COLOURS, figure, heatmap, panels
 from chapters.lab import Lab
 from chapters.shared.pruned_layers import prune_each
@@ -41,7 +42,7 @@ ordered = np.sort(np.abs(weight), axis=None)
 held = np.cumsum(ordered) / ordered.sum()
 half = held[held.size // 2]
 assert half < 0.25
-drawn, axes = figure()
+drawn, axes = figure(height=2.8)
 axes.plot(np.linspace(0, 100, held.size), 100 * held, color=COLOURS["method"])
 axes.plot([50, 50, 0], [0, 100 * half, 100 * half], color=COLOURS["reference"], linestyle="--")
 axes.set(xlabel="weights, smallest first (%)", ylabel="share of all magnitude (%)", xlim=(0, 100), ylim=(0, 100))
@@ -50,7 +51,8 @@ drawn
 # %% [markdown]
 # ## Three ways to drop half
 #
-# Here is the same corner of that layer, dark where a weight stays.
+# Here is the same corner of that layer three times, dark where a weight stays. Each drops half of the weights. Which
+# will hurt the model least, and which most?
 #
 # - **Unstructured**: the smaller half goes, wherever it stands. The best choice of weights, and the worst for
 #   hardware: every survivor needs an address, and rows become unequally long.
@@ -75,18 +77,19 @@ drawn
 # %%
 kept = [np.abs(weight[mask]).sum() / np.abs(weight).sum() for mask in masks.values()]
 assert kept[0] > kept[1] > kept[2]
-drawn, axes = figure(height=2.4)
+drawn, axes = figure(height=1.9)
 axes.barh(list(masks), 100 * np.array(kept), color=COLOURS["method"])
-axes.set(xlabel="magnitude that stays (%)", xlim=(0, 100))
+axes.set(xlabel="magnitude that stays (%)", xlim=(0, 100), title="the freer, the more stays")
 axes.invert_yaxis()
 drawn
 
 # %% [markdown]
 # ## The rule
 #
-# `n_m_mask` sorts each group by magnitude and keeps the first n. Note what it does with equals: the sort is stable,
-# so the lowest index stays. And note that N counts what is *kept*; some papers and code bases count the zeros, which
-# is the same for 2:4 but not for 1:4.
+# `n_m_mask` sorts each group by magnitude and keeps the first n. Note what it does with equals: the sort is stable, so
+# the lowest index stays. And note that N counts what is *kept*; some papers and code bases count the zeros, which is
+# the same for 2:4 but not for 1:4. Below, the second group of four holds a 0.5 four times (once as −0.5), of which the
+# first two stay.
 
 # %%
 row = np.array([[0.1, -0.9, 0.3, 0.2, 0.5, -0.5, 0.5, 0.5]])
@@ -95,22 +98,10 @@ assert two_of_four.tolist() == [[False, True, True, False, True, True, False, Fa
 assert one_of_four.tolist() == [[False, True, False, False, True, False, False, False]]
 
 # %% [markdown]
-# A matrix that is not divisible into groups, or that holds a NaN, is refused. A wrong number would be worse than
-# none.
-
-# %%
-for bad in (np.ones((1, 6)), np.array([[1.0, np.nan, 2.0, 3.0]])):
-    try:
-        n_m.n_m_mask(bad)
-    except ValueError as error:
-        print(error)
-
-# %% [markdown]
 # ## The compressed form
 #
 # What stays of a group are two values and two positions. A position takes 2 bits, so a group takes one hexadecimal
-# digit, and four groups fill a 16-bit word. This is, bit for bit, the format of torch's semi-structured tensors (up
-# to the order of the words, which `to_cutlass` and `from_cutlass` convert).
+# digit, and four groups fill a 16-bit word. This is, but for the order of the words, torch's semi-structured format.
 #
 # By hand, for one word. The first group below keeps 3 at position 1 and −1 at position 3. Its digit is the lower
 # position plus four times the higher: 1 + 4 · 3 = 13, hexadecimal d. The others: 0 + 4 · 3 = c, 2 + 4 · 3 = e and
@@ -165,9 +156,9 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# torch keeps the words in the order that CUTLASS, the library behind its kernels, wants for tensor cores. Rows that
-# are 8 apart become neighbours, and in each 2 × 2 block the two words off the diagonal trade places. Here the word of
-# row 8, column 1 is called 81; left the four rows as we store them, right how the same eight words follow in memory.
+# torch keeps the words in the order that CUTLASS, the library behind its kernels, wants (`to_cutlass` converts). Rows
+# 8 apart become neighbours, and in each 2 × 2 block the two words off the diagonal trade places. Here the word of row
+# 8, column 1 is called 81; left are four rows as we store them, right how the same eight words follow in memory.
 
 # %%
 named = (10 * np.arange(32)[:, None] + np.arange(2)).astype(np.int16)
@@ -194,8 +185,7 @@ np.testing.assert_allclose(n_m.sparse_matmul(x, exact, metadata), x @ n_m.decomp
 # ## Any N of any M
 #
 # Nothing of this hangs on 2:4. `compress_n_m` keeps, for each value, its position in ⌈log2 M⌉ bits, packed without
-# gaps. Longer groups are freer, and a position in them costs more bits. Count what is stored in 16 bits, for patterns
-# with a quarter and with a half of the weights, and compare with the formula: N / M · (16 + ⌈log2 M⌉).
+# gaps. With values of 16 bits that makes N / M · (16 + ⌈log2 M⌉) bits a weight. Counted:
 
 # %%
 for n, m in ((1, 4), (2, 8), (4, 16), (1, 2), (2, 4), (4, 8), (8, 16)):
@@ -205,6 +195,25 @@ for n, m in ((1, 4), (2, 8), (4, 16), (1, 2), (2, 4), (4, 8), (8, 16)):
     bits = [8 * part.nbytes / sparse.size for part in parts]
     print(f"{n}:{m}  {bits[0]:4.1f} bits of values and {bits[1]:5.3f} of positions a weight")
     assert sum(bits) == n / m * (16 + (m - 1).bit_length())
+
+# %% [markdown]
+# Longer groups are freer, and freedom has a price. In a live notebook, choose a pattern: with half of the weights,
+# what does each doubling of M gain, and what does it cost?
+
+
+# %%
+def pattern_of(pattern="4:8"):
+    n, m = map(int, pattern.split(":"))
+    stays = n_m.n_m_mask(weight, n, m)
+    share, bits = np.abs(weight[stays]).sum() / np.abs(weight).sum(), n / m * (16 + (m - 1).bit_length())
+    drawn, axes = figure(height=2.0)
+    axes.imshow(stays[:16, :64], cmap="Greys", interpolation="nearest", aspect="auto")
+    axes.set(xlabel="input", ylabel="output", xticks=[], yticks=[])
+    axes.set_title(f"{pattern}: {share:.1%} of the magnitude, {bits} bits a weight")
+    return drawn
+
+
+explore(pattern_of, pattern=["1:2", "2:4", "4:8", "8:16", "16:32", "1:4", "2:8", "4:16"])
 
 # %% [markdown]
 # ## What it costs the model
@@ -217,7 +226,7 @@ sweep = {0.25: n_m.rules(0.25, (6, 8), (3, 4)), 0.5: n_m.rules(0.5, (4, 8), (2, 
 found = {share: [n_m.perplexities(lab, rule)[0] for rule in rules.values()] for share, rules in sweep.items()}
 
 # %% [markdown]
-# Beside the dense model. The scale is logarithmic, or the blocks would hide the rest.
+# The dashed line is the dense model. The scale is logarithmic, or the blocks would hide the rest.
 
 # %%
 drawn, axes = panels(2, width=8.4, height=2.8)
@@ -226,6 +235,7 @@ for place, (share, rules) in zip(axes, sweep.items(), strict=True):
     place.axvline(lab.base_perplexity, color=COLOURS["reference"], linestyle="--")
     place.set(title=f"{share:.0%} zeros", xlabel="perplexity (dashed: dense)", xscale="log")
     place.invert_yaxis()
+    assert lab.base_perplexity < found[share][0] and found[share] == sorted(found[share])
 drawn
 
 # %% [markdown]
@@ -233,16 +243,12 @@ drawn
 # are freer than four with two, and lie nearer to unstructured. Blocks are in another class. At 75% zeros no pattern
 # leaves a model that speaks, so the order there means nothing. Mishra et al. train on with the mask in place, and
 # report that 2:4 then costs nearly nothing.
-
-# %%
-for perplexities in found.values():
-    assert lab.base_perplexity < perplexities[0] and perplexities == sorted(perplexities)
-
-# %% [markdown]
+#
 # ## In the model
 #
-# `SparseLinear` holds the compressed weight and nothing else. On a GPU it calls the kernel; here it expands the
-# weight for each call and computes exactly what the pruned layer does.
+# `SparseLinear` holds the compressed weight and nothing else. On a GPU it calls the kernel; here it expands the weight
+# for each call and computes exactly what the pruned layer does. With all layers compressed, the model writes what the
+# pruned one writes, to the last bit.
 
 # %%
 model = lab.model()
@@ -257,7 +263,8 @@ assert not surgery.linears(model)
 # ## The kernel, in bytes
 #
 # Decoding one token waits for memory, so bytes are time. For a 4096 × 4096 layer of Llama-7B in bfloat16: dense, what
-# the kernel reads, and how long an H200 needs for each at its 4.8 TB/s. No kernel can do better than the ratio, 1.78.
+# the kernel reads (values, positions, inputs and outputs), and how long an H200 needs for each at its 4.8 TB/s. No
+# kernel can gain more than the ratio of the two, which is just below 16/9.
 
 # %%
 case = cases.cases("sparsity.n_m")[0]
@@ -300,8 +307,7 @@ assert group.tolist() == by_hand[0, :4].tolist()
 
 # %% [markdown]
 # A kernel can still be slower than its bytes: if it spills registers, loads in small pieces or cannot fill the
-# machine. That much can be seen without a GPU, in the machine code that the compiler makes for one (here an H100 or
-# H200, sm_90).
+# machine. That much can be seen without a GPU, in the machine code that the compiler makes for one (here sm_90).
 
 # %%
 report = check.static_report("sparsity.n_m", [90])

@@ -12,6 +12,8 @@
 # 2:4 keeps two of every four neighbours. Where three large weights happen to be neighbours, one of them goes; where
 # four small ones are, two of them stay. But a network does not care in which order its channels stand. So before
 # pruning, put them in an order in which large weights do not compete.
+#
+# Everything below runs on the book's base model, a small transformer that was trained on documentation.
 
 # %%
 import numpy as np
@@ -35,19 +37,26 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts: three large ones among four
 #
-# Two rows, two stripes of four columns. All large weights stand in the first stripe, and each row loses one of its
-# three. Put two columns into the other stripe, and none is lost.
+# A stripe is four neighbouring columns; within it, each row keeps its two largest weights. Here are two rows and two
+# stripes. All large weights stand in the first stripe, and each row loses one of its three. Which columns would you
+# move? Put two of the large ones into the other stripe, and none is lost.
 
 # %%
 toy = np.array([[9.0, 8, 7, 0, 1, 1, 0, 1], [6.0, 9, 8, 1, 0, 1, 1, 0]])
 order = np.array([0, 4, 5, 3, 1, 2, 6, 7])
 for words, weight in (("as stored", toy), ("reordered", toy[:, order])):
     print(f"{words}: 2:4 keeps {permutation.kept_magnitude(weight):.0f} of {toy.sum():.0f}")
+drawn, axes = panels(2, width=8.0, height=1.6)
+for place, (weight, title) in zip(axes, ((toy, "as stored"), (toy[:, order], "reordered")), strict=True):
+    heatmap(place, np.where(n_m_mask(weight), weight, np.nan), "weight", digits=0)
+    place.set(title=title, yticks=[], xticks=range(8))
 assert permutation.kept_magnitude(toy[:, order]) > permutation.kept_magnitude(toy)
+drawn
 
 # %% [markdown]
-# On a layer of the model: what 2:4 drops, darker where the dropped weight is larger. On the right after a search, with
-# the same columns in another order. Fewer dark cells, the same number of zeros.
+# Grey cells (–) are dropped. Now a layer of the model: what 2:4 drops, darker where the dropped weight is larger, with
+# lines between the stripes. On the right after a search, with the same columns in another order. Fewer dark cells, the
+# same number of zeros.
 
 # %%
 down = lab.weights["blocks.2.feed_forward.down_proj.weight"].double().numpy()
@@ -62,9 +71,11 @@ drawn
 # %% [markdown]
 # ## Swaps: one product gives all gains
 #
-# Take column a out of its stripe and put x in. In each row the largest of the other three stays, and beside it the
-# second of them, q, or x: whichever is larger. So all that a swap needs is M[a, b], the sum over the rows of
-# max(q of a, b). It is a matrix product with max in the place of times.
+# Take column a out of its stripe and put b in. In each row the largest of the other three stays, and beside it the
+# second of them, call it q, or b: whichever is larger. So all that a swap needs is M[a, b], the sum over the rows of
+# max(q of a, b). It is a matrix product with max in the place of times, and one such product gives the gains of all
+# swaps. Below, dark swaps gain nothing or lose, among them the squares of four on the diagonal, where both columns are
+# in the same stripe already. But some pairs are bright.
 
 # %%
 gains = permutation.swap_gains(corner)
@@ -72,16 +83,17 @@ tried = corner.copy()
 tried[:, [3, 17]] = corner[:, [17, 3]]
 gained = permutation.kept_magnitude(tried) - permutation.kept_magnitude(corner)
 assert np.isclose(gains[3, 17], gained)
-drawn, axes = figure(width=5.4, height=4.2)
-heatmap(axes, gains, "gain of a swap")
-axes.set(xlabel="column", ylabel="column")
+drawn, axes = figure(width=4.6, height=3.4)
+heatmap(axes, np.maximum(gains, 0), "magnitude gained")
+axes.set(xlabel="column", ylabel="column", title="what swapping two columns gains")
 drawn
 
 # %% [markdown]
 # ## Groups of stripes: all ways to share their columns out
 #
-# Two stripes hold eight columns, and there are 35 ways to share these out; three stripes have 5,775. What a stripe
-# keeps does not depend on the others, so 70 (495) sums over the rows are enough, and each way adds two (three) of them.
+# A swap moves two columns. Better ones may need several at once: two stripes hold eight columns, and there are 35 ways
+# to share these out; three stripes have 5,775. What a stripe keeps does not depend on the others, so one sum over the
+# rows for each choice of four columns is enough (70 of eight, 495 of twelve), and each way adds two (three) of them.
 
 # %%
 gain, split = permutation.group_gains(corner)
@@ -95,8 +107,8 @@ assert splits(8)[0].ravel().tolist() == list(range(8))
 # ## Which search finds most
 #
 # Efficacy counts from what 2:4 keeps as things stand (0%) to what one would keep if each row could choose its half
-# freely (100%). Random orders find little: there are too many. Swaps get stuck, groups later, and a random swap now and
-# then gets either going again.
+# freely (100%). Random orders find little: there are too many. Swaps get stuck where no single one gains, groups get
+# stuck later, and a random swap now and then (an escape) gets either going again.
 
 # %%
 matrices = [np.random.default_rng(seed).random((32, 16)) for seed in range(8)]
@@ -105,7 +117,7 @@ for method, search in permutation.SEARCHES.items():
     found[method] = np.mean([permutation.efficacy(matrix, search(matrix)) for matrix in matrices])
 drawn, axes = figure(height=2.8)
 axes.barh(list(found)[::-1], list(found.values())[::-1], color=COLOURS["method"])
-axes.set(xlabel="efficacy (%), random 32 × 16 matrices")
+axes.set(xlabel="efficacy (%), random 32 × 16 matrices", title="searching beats drawing at random")
 assert found["best of 1,000"] < found["swaps"] < found["groups of 8"] < found["groups of 8, 100 escapes"]
 drawn
 
@@ -156,9 +168,11 @@ assert difference > 1e-3
 # %% [markdown]
 # ## In the model: freedom is unequal
 #
-# All layers that read the residual stream share one order, so thousands of rows must agree on it, and hardly any order
-# suits them better than another. What down reads belongs to it alone, and much is gained. What o reads may be reordered
-# within a head.
+# Three kinds of channels are left: the residual *stream*, which most layers read; the *hidden* channels of a
+# feed-forward layer, which only its down matrix reads; and the *values* of a head, which only o reads. Where is most to
+# be gained? All layers that read the stream share one order, so thousands of rows must agree on it, and hardly any
+# order suits them better than another. What down reads belongs to it alone. What o reads may be reordered within a head
+# only.
 
 # %%
 model, reached = lab.model(), {"stream": [], "hidden": [], "values": []}
@@ -180,7 +194,7 @@ orders = reorder_inputs(model, search_and_note)
 shares.append(permutation.kept_share(model))
 drawn, axes = figure(height=2.6)
 axes.barh(list(reached), [np.mean(values) for values in reached.values()], color=COLOURS["method"])
-axes.set(xlabel="efficacy (%)")
+axes.set(xlabel="efficacy (%), mean over the sites", title="what one layer alone reads is free to move")
 assert np.mean(reached["stream"]) < np.mean(reached["values"]) < np.mean(reached["hidden"])
 assert shares[1] > shares[0]
 drawn
@@ -194,15 +208,16 @@ plain = lab.model()
 prune_each(plain, n_m_mask)
 prune_each(model, n_m_mask)
 perplexity = {"dense": lab.base_perplexity, "2:4": lab.perplexity(plain), "2:4, reordered": lab.perplexity(model)}
-drawn, axes = figure(height=2.4)
-axes.barh(list(perplexity)[::-1], list(perplexity.values())[::-1], color=COLOURS["method"])
-axes.set(xlabel="perplexity")
+drawn, axes = figure(height=2.0)
+colours = [COLOURS[role] for role in ("method", "baseline", "muted")]
+axes.barh(list(perplexity)[::-1], list(perplexity.values())[::-1], color=colours)
+axes.set(xlabel="perplexity", title="the same zeros in a better order")
 assert perplexity["dense"] < perplexity["2:4, reordered"] < perplexity["2:4"]
 drawn
 
 # %% [markdown]
 # The order in which a model is stored is itself an accident, a good or a bad one. The recorded measurement therefore
-# starts from three orders, and searches with groups of 8.
+# starts from three orders, and searches with groups of 8. (It is measured on more text than the figure above.)
 
 # %%
 record = claims.recorded("permutation")
@@ -214,9 +229,9 @@ assert numbers["perplexity, reordered, 2:4"] < numbers["perplexity, 2:4"]
 # %% [markdown]
 # ## The kernel: a product with max for times
 #
-# Each swap tried alone reads two stripes, and there are K² / 2 swaps of K columns. In tiles of T columns, a program
-# reads each row's 2 T numbers once and makes T² pairs of them on chip. What is left is arithmetic, and no tensor core
-# knows max.
+# Each swap tried alone reads two stripes, eight bfloat16 of each row, and there are K² / 2 swaps of K columns. In tiles
+# of T columns, a program reads each row's 2 T numbers once and makes T² pairs of them on chip. The floor reads the
+# weight once and writes K² float32 gains. What is left is arithmetic, and no tensor core knows max.
 
 # %%
 rows_, columns, tile = 4096, 4096, 32
@@ -238,7 +253,7 @@ assert all(case.operations > 10 * case.bytes for case in cases.cases("sparsity.p
 
 # %% [markdown]
 # That tiles and sums stay in registers can be seen without a GPU, in the machine code that the compiler makes for one
-# (an H100 or H200, sm_90).
+# (an H100 or H200, sm_90). Below it, where there are any, timings on a GPU.
 
 # %%
 report = check.static_report("sparsity.permutation", [90])

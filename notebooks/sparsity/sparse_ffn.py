@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from chapters import claims, workbook
-from chapters.figures import figure, heatmap, legend, series
+from chapters.explore import explore
+from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.shared import small_models
 from chapters.sparsity import sparse_ffn
@@ -31,24 +32,33 @@ lab = Lab()
 # %% [markdown]
 # ## What hurts
 #
-# The base model has SwiGLU layers, which are never exactly 0. So here is a small model with ReLU layers, trained for a
-# few seconds. For each token a large part of its neurons is 0, and their rows of the second matrix add nothing.
+# The base model has SwiGLU layers, whose neurons are hardly ever exactly 0. So we need a small model with ReLU layers,
+# trained for a few seconds on the same text.
 
 # %%
 layers = sparse_ffn.contenders(64, n=8)
 dense = small_models.fresh(lab, layers["dense"][0], 60)
 name = "blocks.0.feed_forward.down_proj"
 hidden = torch.cat([x for _, x in surgery.record_inputs(dense, lab.validation[:8], [name])])
+
+# %% [markdown]
+# How many of its neurons does a token really use? On the left the neurons of its first layer, white where one is 0: a
+# row for each token. On the right how many are. For each token a large part of the neurons is 0, and their rows of the
+# second matrix were read for nothing.
+
+# %%
 zeros = (hidden == 0).double().mean(-1).flatten().numpy()
-drawn, axes = figure(height=2.4)
-axes.hist(zeros, bins=30)
-axes.set(xlabel="share of a layer's neurons that are 0", ylabel="tokens")
+drawn, (left, right) = panels(2, width=8.4, height=2.6)
+left.imshow(hidden[0, 20:60, :96] > 0, cmap="Greys", interpolation="nearest", aspect="auto")
+left.set(xlabel="neuron", ylabel="token", xticks=[], yticks=[], title="black: not 0")
+right.hist(100 * zeros, bins=30, color=COLOURS["method"])
+right.set(xlabel="neurons that are 0 (%)", ylabel="tokens", title=f"{zeros.mean():.0%} in the mean")
 assert 0.2 < zeros.mean() < 0.9
 drawn
 
 # %% [markdown]
 # But which ones? A neuron's sum is known only after its row of the first matrix was read, and another set is 0 for the
-# next token: in this first layer hardly any is 0 always. So nothing can be dropped for good.
+# next token. Is any neuron 0 for every token, so that it could be dropped for good? In this first layer hardly one.
 
 # %%
 never = (hidden == 0).flatten(0, 1).all(0).double().mean().item()
@@ -58,8 +68,10 @@ assert never < zeros.mean() / 2
 # %% [markdown]
 # ## A controller
 #
-# Let another layer guess. Neurons stand in blocks of n; two thin matrices, one after the other, give each a logit, and
-# of each block the largest wins. Here are 6 neurons in 2 blocks of 3, and a controller of rank 2.
+# Let another layer guess before anything is read. The neurons stand in blocks of n. Two thin matrices, one after the
+# other, give each neuron a logit, and in each block the neuron with the largest one is chosen: one in n is computed,
+# the others count as 0. Here are 6 neurons in 2 blocks of n = 3, and a controller of rank 2, the width between its
+# matrices.
 
 # %%
 rng = np.random.default_rng(0)
@@ -95,8 +107,9 @@ np.testing.assert_allclose(y, sparse_ffn.every_unit(x, full_up, full_down, mask)
 # ## How it learns
 #
 # An argmax has no gradient. In training the mask is mostly soft: the softmax of each block. In three of ten steps it is
-# hard, one-hot, and the gradient is taken as if it had been soft: straight through. Hard choices get a little noise, so
-# that a close second is tried, too. How often is the second taken, if it is behind by some distance?
+# hard (1 for the chosen neuron, 0 for the others), and the gradient is taken as if it had been soft: straight through.
+# Hard choices get a little noise, times a factor called temperature, so that a close second is tried, too. How often is
+# the second taken, if its logit is behind by some distance?
 
 # %%
 gap = np.linspace(0, 1, 21)
@@ -105,9 +118,9 @@ uniform = rng.uniform(1e-6, 1 - 1e-6, pairs.shape)
 drawn, axes = figure(height=2.6)
 for temperature, role in ((0.1, "method"), (0.5, "second"), (1.0, "third")):
     hard = sparse_ffn.training_mask(pairs, uniform, True, temperature)
-    axes.plot(gap, hard[..., 1].mean(1), **series(role), label=f"noise x {temperature}")
-axes.set(xlabel="distance of the two logits", ylabel="second taken")
-legend(axes)
+    axes.plot(gap, hard[..., 1].mean(1), **series(role), label=f"noise × {temperature}")
+axes.set(xlabel="distance of the two logits", ylabel="share of draws", ylim=(0, 0.8), title="is the second taken?")
+legend(axes, ncols=3)
 drawn
 
 # %% [markdown]
@@ -126,8 +139,8 @@ assert set(straight.detach().flatten().tolist()) == {0.0, 1.0} and (slope != 0).
 # %% [markdown]
 # ## In the model
 #
-# The layer enters through the model's `feed_forward` seam. With fewer tokens than n it gathers the chosen rows; with
-# more, it computes all and masks. Both give the same logits.
+# The model is built with this layer in the place of its dense one (`feed_forward` says which to build). With fewer
+# tokens than n it gathers the chosen rows; with more, it computes all and masks. Both give the same logits.
 
 # %%
 sparse = small_models.fresh(lab, layers["sparse"][0], 60)
@@ -137,22 +150,29 @@ with torch.no_grad():
 assert torch.allclose(whole[:, :5], short, rtol=1e-3, atol=1e-3)
 
 # %% [markdown]
-# Which neuron of a block is taken, and how often? Nothing in the method asks for a balance, and some are hardly ever
-# chosen.
+# Which neuron of a block is taken, and how often? With even choices all cells would be at 1/8. But nothing in the
+# method asks for a balance. A column with one bright cell is a block that nearly always makes the same choice, and the
+# dark cells are neurons that nobody asks for.
+
 
 # %%
-shares = sparse_ffn.usage(sparse, lab.validation, 2)
-drawn, axes = figure(height=2.6)
-heatmap(axes, shares.T, "share of the tokens")
-axes.set(xlabel="block", ylabel="neuron of the block")
-assert np.allclose(shares.sum(1), 1)
-drawn
+def favourites(layer=2):
+    shares = sparse_ffn.usage(sparse, lab.validation, layer)
+    assert np.allclose(shares.sum(1), 1)
+    drawn, axes = figure(height=2.6)
+    heatmap(axes, shares.T, "share of the tokens", limit=1)
+    axes.set(xlabel="block", ylabel="neuron of the block", title=f"layer {layer}: a controller has favourites")
+    return drawn
+
+
+explore(favourites, layer=list(range(lab.config.layers)))
 
 # %% [markdown]
 # ## What is read
 #
 # A token reads one row in n of both matrices, and the controller. The controller is not free: with its rank at the
-# width over n, as in the paper, and four neurons for each input, it adds five eighths of what the rows cost.
+# width over n, as in the paper, and four neurons for each input, it adds five eighths of what the rows cost. So n = 8
+# reads not an eighth but a fifth.
 
 # %%
 sizes = [2, 4, 8, 16, 32, 64]
@@ -161,14 +181,14 @@ everything = sparse_ffn.numbers_read(4096, 16384)
 drawn, axes = figure(height=2.6)
 axes.plot(sizes, np.array(read) / everything, **series("method"), label="with the controller")
 axes.plot(sizes, 1 / np.array(sizes), **series("reference"), label="1 / n")
-axes.set(xlabel="n", ylabel="share of a dense layer", xscale="log", yscale="log")
+axes.set(xlabel="n, neurons of a block", ylabel="share of a dense layer", xscale="log", yscale="log")
 legend(axes)
 assert 1.6 < read[-1] / everything * 64 < 1.7
 drawn
 
 # %% [markdown]
 # Tokens that are decoded together choose each for itself. With even choices, T tokens read 1 - (1 - 1/n)^T of the
-# rows. A trained controller has favourites, so they share more of them. Still, the gain is for one reader or a few.
+# rows, so the gain would be for one reader or a few. What will the favourites of a trained controller change?
 
 # %%
 found = sparse.blocks[2].feed_forward
@@ -181,7 +201,8 @@ for count in counts:
 assert picked[0] == 1 / 8 and (np.diff(picked) > 0).all()
 
 # %% [markdown]
-# Beside it, what even and independent choices would read:
+# Tokens share their favourites, and read far less than even and independent choices would (dashed). That is good for
+# bytes and bad for the layer: what all tokens choose alike is a small dense layer.
 
 # %%
 drawn, axes = figure(height=2.6)
@@ -214,6 +235,20 @@ print(record["sentence"] if record else "not recorded yet: python -m chapters cl
 if record:
     print("reproduced" if record["holds"] else "not reproduced")
 assert record is None or record["numbers"]["perplexity, dense"] > 1
+
+# %% [markdown]
+# The same as a picture, quality against what is read: the higher, the worse.
+
+# %%
+numbers = record["numbers"]
+drawn, axes = figure(height=2.6)
+for words, role in (("dense", "muted"), ("sparse", "method"), ("small dense", "baseline")):
+    read = numbers[f"weights of a layer read, {words}"] / 1e3
+    axes.plot(read, numbers[f"perplexity, {words}"], **(series(role) | {"linestyle": "", "markersize": 9}), label=words)
+axes.set(xlabel="weights of a layer that a token reads (thousands)", ylabel="perplexity", xlim=(0, None), ymargin=0.2)
+legend(axes)
+assert numbers["perplexity, dense"] < numbers["perplexity, sparse"]
+drawn
 
 # %% [markdown]
 # ## The kernel, in bytes
@@ -251,6 +286,9 @@ if not bench.recorded("sparsity.sparse_ffn"):
 
 # %% [markdown]
 # ## Your turn
+#
+# The tests say what is left to you: the training mask, the chosen neurons and their sum, and two functions of the
+# kernel.
 #
 # ```
 # python -m chapters exercise sparse_ffn --to my

@@ -9,16 +9,17 @@
 # %% [markdown]
 # # Sparse QKV: a projection with a fiftieth of the weights
 #
-# To write one token, a model reads all its weights. A quarter of a transformer's are in the projections to queries,
-# keys and values and back. Pruning takes some away and must say which. Scaling Transformer builds the three projections
-# of two layers that have hardly any weights to begin with. This notebook shows what such a layer can still do, trains
-# one beside a dense one, and lets it write.
+# To write one token, a model reads all its weights. A quarter of those in a block of Llama-7B make the queries, keys
+# and values of attention. Pruning takes some weights away and must say which. The paper *Scaling Transformer* builds
+# these three projections of two layers that have hardly any weights to begin with. This notebook shows what such a
+# layer can still do, trains one beside a dense one, and counts what it reads.
 
 # %%
 import numpy as np
 import torch
 
 from chapters import claims, workbook
+from chapters.explore import explore
 from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
 from chapters.lab import Lab
 from chapters.shared.conv_cache import start
@@ -40,17 +41,19 @@ widths = [512, 1024, 2048, 4096, 8192]
 drawn, axes = figure(height=2.6)
 axes.loglog(widths, [3 * d * d for d in widths], **series("baseline"), label="dense")
 axes.loglog(widths, [sparse.qkv_weights(d, d // 128, 128) for d in widths], **series("method"), label="sparse")
-axes.set(xlabel="width d", ylabel="q, k, v weights of a layer")
+ratio = 3 * 4096**2 / sparse.qkv_weights(4096, 32, 128)
+axes.set(xlabel="width d", ylabel="q, k, v weights of a layer", title=f"at d = 4096: {ratio:.0f} times fewer weights")
 legend(axes)
-assert 45 < 3 * 4096**2 / sparse.qkv_weights(4096, 32, 128) < 55
+assert 45 < ratio < 55
 drawn
 
 # %% [markdown]
 # ## The multiplicative layer
 #
-# Outputs stand in S modules of M channels. A weight of a dense layer belongs to an input, a module and a channel. Here
-# it is a product, D[s, i] · E[i, m]: each module gates the inputs by its own d numbers, and then all multiply by the
-# same small matrix.
+# The d outputs stand in S modules of M channels each. A weight of a dense layer belongs to an input i, a module s and a
+# channel m, and there are d · S · M of them. Here it is a product of two numbers, D[s, i] · E[i, m]. D (`gates`) holds
+# d numbers for each module, by which it gates the inputs; then all modules multiply by the same small matrix E
+# (`shared`).
 
 # %%
 rng = np.random.default_rng(0)
@@ -61,17 +64,18 @@ for s in range(4):
 z.shape
 
 # %% [markdown]
-# So the weights that belong to one input, a matrix of modules by channels, have rank 1. Is anything left? The paper's
-# theorem: any permutation. An input passes the gate of the one module that it is to go to, and the shared matrix puts
-# it in its channel. Exactly one input arrives in each place.
+# So the weights that belong to one input, a matrix of modules by channels, have rank 1. Is anything left that such a
+# layer can do? The paper's theorem: any permutation of the inputs. An input passes the gate of the one module that it
+# is to go to, and the shared matrix puts it in its channel. Look down a column: one bright cell on the left and one on
+# the right say where that input goes, and no two inputs go to the same place.
 
 # %%
 order = rng.permutation(16)
 gates, shared = sparse.permutation_weights(order, 4)
 assert np.array_equal(sparse.multiplicative(x, gates, shared).reshape(3, 16), x[:, order])
 drawn, (left, right) = panels(2, width=7.2, height=2.4)
-heatmap(left, gates, "D")
-heatmap(right, shared.T, "E, turned")
+heatmap(left, gates, "gate D")
+heatmap(right, shared.T, "E, transposed")
 left.set(xlabel="input", ylabel="module", title="which module")
 right.set(xlabel="input", ylabel="channel", title="which channel")
 drawn
@@ -80,18 +84,24 @@ drawn
 # ## The convolution
 #
 # The modules of the last tokens are a picture: one axis is time, the other the modules. Three kernels make q, k and v
-# of it, each a small matrix for each of 3 × 3 (v: 3 × 1) neighbours. Time is padded on the left only. What one token
-# says is heard by the next two, and by no earlier one:
+# of it, each a small M × M matrix for each of 3 × 3 (v: 3 × 1) neighbours. Time is padded on the left only. So who
+# hears what one module says at one time? The modules beside it, at this and the next two times, and no earlier one.
+# Move it:
+
 
 # %%
-z = np.zeros((1, 8, 6, 1))
-z[0, 3, 2] = 1  # one token, one module
-heard = sparse.causal_convolution(z, np.ones((3, 3, 1, 1)))
-assert not heard[:, :3].any() and heard[:, 3:6].any() and not heard[:, 6:].any()
-drawn, axes = figure(width=5, height=2.4)
-heatmap(axes, heard[0, :, :, 0].T, "heard")
-axes.set(xlabel="time", ylabel="module")
-drawn
+def heard_by(token=3, module=2):
+    z = np.zeros((1, 8, 6, 1))
+    z[0, token, module] = 1
+    heard = sparse.causal_convolution(z, np.ones((3, 3, 1, 1)))
+    assert not heard[:, :token].any() and heard[:, token:].any() and not heard[:, token + 3 :].any()
+    drawn, axes = figure(width=5, height=2.2)
+    heatmap(axes, heard[0, :, :, 0].T + 2 * z[0, :, :, 0].T, "3: says, 1: hears")
+    axes.set(xlabel="time", ylabel="module")
+    return drawn
+
+
+explore(heard_by, token=(0, 7), module=(0, 5))
 
 # %% [markdown]
 # ## Decoding needs a state
@@ -131,8 +141,8 @@ assert states * 32 < keys
 # ## Does it learn?
 #
 # Dense weights have no sparse form that is close to them, so models are trained from scratch, with the same text in the
-# same order: dense, sparse, sparse without a look at earlier tokens, and a dense one whose projections have a low rank
-# and as many weights as the sparse ones.
+# same order: dense, sparse, sparse without a look at earlier tokens (1 tap), and a dense one whose projections have a
+# low rank and as many weights as the sparse ones. In which order will they come?
 
 # %%
 claim = sparse.claim(lab)
@@ -168,9 +178,9 @@ assert record is None or record["numbers"]["perplexity, dense"] > 1
 tokens, d, modules, channels = 8192, 4096, 32, 128
 fused = kernel.floor_bytes(4, tokens // 4, d, modules, channels)
 apart = fused + 2 * tokens * (2 * modules * d + 4 * modules * channels)
-drawn, axes = figure(height=1.5)
+drawn, axes = figure(height=1.8)
 axes.barh(["one operator after the other", "fused"], [apart / 1e9, fused / 1e9], color=COLOURS["method"])
-axes.set(xlabel="GB through memory")
+axes.set(xlabel="GB through memory", title="what stays on the chip need not be moved")
 assert apart > 10 * fused
 drawn
 
@@ -205,6 +215,8 @@ if not bench.recorded("sparsity.sparse_qkv"):
 
 # %% [markdown]
 # ## Your turn
+#
+# The tests say what is left to you: the two layers, the permutation, their state, and the kernel of a decoding step.
 #
 # ```
 # python -m chapters exercise sparse_qkv --to my

@@ -13,6 +13,8 @@
 # anybody knows which weights matter. A mask that is drawn and never changed wastes most of what it keeps. A mask that
 # grows where the gradient is large needs that gradient, of all weights. Top-KAST stands between: it multiplies by the
 # largest weights, and lets a few more take part in learning.
+#
+# Everything below runs on the book's base model, or on a smaller one that is trained here.
 
 # %%
 import copy
@@ -21,7 +23,8 @@ import numpy as np
 import torch
 
 from chapters import claims, workbook
-from chapters.figures import COLOURS, figure, heatmap, legend, panels, series
+from chapters.explore import explore
+from chapters.figures import COLOURS, figure, legend, panels, series
 from chapters.lab import Lab
 from chapters.shared import equal_weights, subset_layers
 from chapters.shared.memory import peak_bytes
@@ -37,7 +40,8 @@ lab = Lab()
 # ## What hurts: a static mask has to guess
 #
 # Here is a layer of the trained model, and one of the same shape with random weights. The largest tenth of each is
-# kept. Nothing in the second says where the tenth of the first will be.
+# kept. How much of the second tenth will be in the first? Nothing says where weights will grow: about a tenth of it is,
+# as chance would have it.
 
 # %%
 name = "blocks.1.feed_forward.up_proj"
@@ -46,8 +50,19 @@ start = surgery.linears(equal_weights.fresh(lab.config, 0))[name].weight.detach(
 kept = trained.size - dropped(trained.size, 0.9)
 both = [top_kast.choose_sets(weight, kept, kept) == 2 for weight in (start, trained)]
 shared = (both[0] & both[1]).sum() / kept
-print(f"{kept} of {trained.size} weights, of which both share {shared:.0%}")
 assert both[0].sum() == both[1].sum() == kept and shared < 0.5
+
+# %% [markdown]
+# A corner of both masks, black where a weight is kept. The trained layer has whole rows of large weights, and others of
+# which nothing is kept; a mask drawn at the start spreads evenly and can have none of that.
+
+# %%
+drawn, axes = panels(2, width=8.0, height=2.4)
+for place, mask, title in zip(axes, both, ("largest tenth at the start", "and after training"), strict=True):
+    place.imshow(mask[:24, :64], cmap="Greys", interpolation="nearest", aspect="auto")
+    place.set(title=title, xlabel="input", ylabel="output", xticks=[], yticks=[])
+print(f"{kept} of {trained.size} weights, of which both share {shared:.0%}")
+drawn
 
 # %% [markdown]
 # ## Two sets
@@ -64,23 +79,36 @@ for weight, sets in zip(row, member, strict=True):
 assert member.tolist() == [2, 1, 2, 0, 1, 1, 0, 2]
 
 # %% [markdown]
-# The corner of a real layer: dark is A, grey is B alone.
+# The corner of a real layer again: black is A, grey is B alone, white takes no part. In a live notebook, choose how
+# large the two sets are (in percent of the weights). B costs memory and no products. If it is as large as A, nothing
+# new is ever tried; if it is everything, this is dense training with a sparse product.
+
+
+# %%
+def two_sets(a=10, b=30):
+    member = top_kast.choose_sets(trained, a * trained.size // 100, max(a, b) * trained.size // 100)
+    drawn, axes = figure(height=2.4)
+    axes.imshow(member[:24, :64], cmap="Greys", vmin=0, vmax=2, interpolation="nearest", aspect="auto")
+    axes.set(xlabel="input", ylabel="output", xticks=[], yticks=[], title=f"A (black) {a}%, with B (grey) {max(a, b)}%")
+    return drawn
+
+
+explore(two_sets, a=(5, 50, 5), b=(5, 100, 5))
+
+# %% [markdown]
+# The counts are exact:
 
 # %%
 member = top_kast.choose_sets(trained, kept, 3 * kept)
-drawn, axes = figure(height=2.6)
-heatmap(axes, member[:24, :64].astype(float), "sets")
-axes.set(xlabel="input", ylabel="output")
 assert (member == 2).sum() == kept and (member > 0).sum() == 3 * kept
-drawn
 
 # %% [markdown]
 # ## Why the explored weights decay faster
 #
-# Both sets shrink a little at each step, but B outside A by 1 / D as much, D the density of A. Otherwise weights just
-# below the border would drift in and out by chance. A weight enters A if its gradient keeps its direction and wins
-# against the decay. Here are two weights of the same size, one inside A and one outside, that get the same gradient,
-# or a random one.
+# Both sets shrink a little at each step, but B outside A shrinks 1 / D times as much, where D is the share of the
+# weights that are in A. Otherwise weights just below the border would drift in and out by chance. A weight enters A if
+# its gradient keeps its direction and wins against the decay. Here are two weights of the same size, one inside A and
+# one outside, D = 1/10. Once both get a steady gradient, once a random one. Where will the one outside go?
 
 # %%
 paths = {}
@@ -95,21 +123,22 @@ for kind in ("steady", "random"):
 assert paths["steady"][-1][1] > 0.08 > abs(paths["random"][-1][1])
 
 # %% [markdown]
-# With a steady gradient the explored weight ends where push and decay balance. With a random one it falls to about
-# nothing and stays there; the one inside A wanders, and keeps its place as long as it is large.
+# With a steady gradient the explored weight, in B alone, stays where push and decay balance. With a random one it falls
+# to about nothing and stays there; the one inside A wanders, and keeps its place as long as it is large.
 
 # %%
 drawn, axes = panels(2, width=8.4, height=2.8, sharey=True)
 for place, (kind, points) in zip(axes, paths.items(), strict=True):
-    place.plot([point[0] for point in points], color=COLOURS["baseline"], label="in A")
+    place.plot([point[0] for point in points], color=COLOURS["baseline"], linestyle="-.", label="in A")
     place.plot([point[1] for point in points], color=COLOURS["method"], label="in B alone")
     place.set(title=f"{kind} gradient", xlabel="step", ylabel="weight")
 legend(axes[0])
 drawn
 
 # %% [markdown]
-# The squared norm makes that ratio exact: its gradient is the weight itself. The paper prints the formula with absolute
-# values and calls it L2; the published ports differ. Here the gradient of the penalty, checked against differences.
+# The decay is the gradient of a penalty: half the square of each weight, divided by D outside A. The square makes the
+# ratio exact, because its gradient is the weight itself. The paper prints the formula with absolute values and calls it
+# L2; the published ports differ. Here the gradient of the penalty, checked against differences.
 
 # %%
 values, active = np.array([0.5, -0.2, 0.3]), np.array([True, False, False])
@@ -125,7 +154,8 @@ for place in range(3):
 # ## Choosing again
 #
 # Every few steps the sets are chosen anew, from all weights: those of B as they are now, the others as they were left.
-# A weight that stays in B keeps its moments. One that enters starts with none: they would be another weight's.
+# A weight that stays in B keeps its moments. One that enters starts with none: they would be another weight's. Here are
+# four weights. B held those at 0 and 2, which have learned and are now 0.2 and 0.6; A is to hold one weight and B two.
 
 # %%
 theta = np.array([[0.9, 0.1, 0.5, 0.4]])
@@ -148,7 +178,7 @@ held = top_kast.memory(lab, (0.0, 0.25, 0.5, 0.75))
 drawn, axes = figure(height=2.8)
 axes.plot([100 * share for share in held], [*held.values()], **series("method"), label="Top-KAST")
 axes.axhline(12, **series("reference"), label="dense, AdamW")
-axes.set(xlabel="weights in B (%)", ylabel="bytes per weight", ylim=(0, 13))
+axes.set(xlabel="weights in B (%)", ylabel="bytes per weight", ylim=(0, 13), title="memory grows with B alone")
 legend(axes)
 assert all(abs(value - 12 * share) < 0.1 for share, value in held.items())
 drawn
@@ -169,7 +199,7 @@ assert peaks[1] < peaks[0] / 3
 # %% [markdown]
 # ## Do the masks settle?
 #
-# A short run from random weights at a tenth of the weights. At each refresh, which share of A is new?
+# A short run from random weights, with a tenth of them in A. At each choice of the sets, which share of A is new?
 
 # %%
 model = equal_weights.fresh(equal_weights.half(lab.config), 0)
@@ -177,7 +207,7 @@ settings = equal_weights.recipe(lab, 60, 0, 0.0)
 changes = top_kast.train_top_kast(model, lab.train_stream, settings, top_kast.Plan(0.9, every=5, decay=1.0))
 drawn, axes = figure(height=2.8)
 axes.plot([step for step, _ in changes], [100 * share for _, share in changes], **series("method"))
-axes.set(xlabel="training step", ylabel="new in A (%)", ylim=(0, None))
+axes.set(xlabel="training step", ylabel="new in A (%)", ylim=(0, None), title="the sets come to rest")
 shares = [share for _, share in changes]
 assert shares[-1] < max(shares) / 2
 drawn
@@ -185,7 +215,8 @@ drawn
 # %% [markdown]
 # They do, but look at the learning rate before praising the method: it falls, and with it everything settles. The
 # recorded measurement, three seeds and longer training, says what is left where the rate stays. It also says what the
-# sets are worth: against masks that never change, and against dense models that hold as many weights.
+# sets are worth: against masks that never change (random, or the largest weights of the start), and against dense
+# models that hold as many weights as A, by being narrow or shallow.
 
 # %%
 record = claims.recorded("top_kast")
@@ -193,7 +224,7 @@ print(record["sentence"])
 found = {key.removeprefix("perplexity, "): v for key, v in record["numbers"].items() if key.startswith("perplexity")}
 drawn, axes = figure(height=3.0)
 axes.barh([*found], [*found.values()], color=[COLOURS["method" if "KAST" in key else "muted"] for key in found])
-axes.set(xlabel="perplexity")
+axes.set(xlabel="perplexity", title="ahead of all but one")
 axes.invert_yaxis()
 drawn
 

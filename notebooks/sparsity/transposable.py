@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from chapters import workbook
-from chapters.figures import COLOURS, figure, legend, panels
+from chapters.figures import COLOURS, figure, legend, panels, series
 from chapters.lab import Lab
 from chapters.shared.pruned_layers import prune_each, train_masked
 from chapters.sparsity import n_m, transposable
@@ -46,11 +46,13 @@ assert counts[3:].sum() > 0.2
 drawn, axes = figure(height=2.4)
 axes.bar(range(5), 100 * counts, color=[COLOURS["method"]] * 3 + [COLOURS["baseline"]] * 2)
 axes.set(xlabel="weights that stay of four neighbours in a column", ylabel="groups (%)")
+axes.set_title(f"{counts[3:].sum():.0%} of the groups hold more than two")
 drawn
 
 # %% [markdown]
 # The obvious repair is to keep what both directions would keep: prune along rows, prune along columns, and take what
-# survives both. It is 2:4 both ways. But it drops far more than half, for the two choices know nothing of each other.
+# survives both. It is 2:4 both ways. But how much will be left? Far less than half, for the two choices know nothing of
+# each other.
 
 # %%
 both = rows_only & n_m.n_m_mask(weight.T).T
@@ -62,7 +64,8 @@ assert both.mean() < 0.4
 # ## Choose for a block
 #
 # Take 4 × 4 weights at once and ask for two in every row and every column. How many such masks are there? Rows alone
-# leave 6 choices each, 6⁴ in a block. Columns leave 90. Here are the first sixteen.
+# leave 6 choices each, 6⁴ in a block. Columns leave 90 of these. Here are the first sixteen, black where a weight
+# stays.
 
 # %%
 patterns = transposable.transposable_patterns(2, 4)
@@ -86,12 +89,28 @@ np.testing.assert_array_equal(best, patterns[sums.argmax()])
 assert block[best].sum() == sums.max()
 
 # %% [markdown]
+# Here is what the three ways keep in a corner of the layer, and how much of its magnitude that is. On the left, look
+# down a column: many neighbours, then none. In the middle what both directions would keep, with holes. On the right the
+# best masks of all blocks: two in each row and two in each column of a block.
+
+# %%
+chosen = {"rows only": rows_only, "in both": both, "best of 90": transposable.best_mask(weight, patterns)}
+drawn, axes = panels(3, width=8.0, height=3.0)
+for place, (words, mask) in zip(axes, chosen.items(), strict=True):
+    place.imshow(mask[:24, :24], cmap="Greys", interpolation="nearest")
+    share = np.abs(weight[mask]).sum() / np.abs(weight).sum()
+    place.set(title=f"{words}: {share:.0%}", xlabel="input", ylabel="output")
+    place.set(xticks=np.arange(0, 24, 4) - 0.5, yticks=np.arange(0, 24, 4) - 0.5, xticklabels=[], yticklabels=[])
+assert chosen["best of 90"].mean() == 0.5
+drawn
+
+# %% [markdown]
 # ## Larger blocks
 #
-# For 8 × 8 there are more than 10¹¹ masks. The problem is a flow from rows to columns, which a linear program solves
-# exactly, but slowly. Greedy is simple: take the heaviest weight whose row and column still have room. It keeps at
-# least half of what the best mask keeps, by proof, and nearly all in practice. The block above shows how it can fail:
-# it ends with a row and a column that lack one each, and the weight where they meet is taken already.
+# For 8 × 8 there are more than 10¹¹ masks. A linear program finds the best one exactly, but slowly. Greedy is simple:
+# take the heaviest weight whose row and column still have room, until there is none. It keeps at least half of what the
+# best mask keeps, by proof, and nearly all in practice. The toy block above shows how it can fail: it ends with a row
+# and a column that lack one each, and the weight where they meet is taken already.
 
 # %%
 greedy = transposable.greedy_mask(block, 2, 4)
@@ -114,8 +133,8 @@ total = np.abs(weight).sum()
 left = {name: [np.abs(weight[rule(weight, *size)]).sum() / total for size in sizes] for name, rule in ways.items()}
 drawn, axes = figure(height=2.8)
 for (name, values), role in zip(left.items(), ("baseline", "method"), strict=True):
-    axes.plot([f"{n}:{m}" for n, m in sizes], 100 * np.array(values), marker="o", color=COLOURS[role], label=name)
-axes.set(xlabel="pattern", ylabel="magnitude that stays (%)")
+    axes.plot([f"{n}:{m}" for n, m in sizes], 100 * np.array(values), **series(role), label=name)
+axes.set(xlabel="pattern", ylabel="magnitude that stays (%)", title="in long groups both directions cost little")
 legend(axes)
 drawn
 
@@ -130,8 +149,9 @@ assert (np.diff(lost) < 0).all() and (lost > 0).all()
 # %% [markdown]
 # ## The way back
 #
-# This is what it was for. The gradient of the input is g W, and as Wᵀ is 2:4, it comes from the compressed Wᵀ by half
-# of the products. A weight that is 2:4 in rows only is refused: there is no such form of it.
+# This is what it was for. If g is the gradient of the layer's output, that of its input is g W, and as Wᵀ is 2:4, it
+# comes from the compressed Wᵀ by half of the products. A weight that is 2:4 in rows only is refused: there is no such
+# form of it.
 
 # %%
 sparse = np.where(transposable.transposable_mask(weight), weight, 0)
@@ -158,14 +178,15 @@ assert held == [9 / 16, 9 / 16]
 # %% [markdown]
 # ## What it costs the model
 #
-# All linear layers of all blocks, one shot, no training: perplexity on text that the model has never seen.
+# All linear layers of all blocks, one shot, no training: perplexity on text that the model has never seen. 2:4 both
+# ways drops the same half as 2:4. What will it cost?
 
 # %%
 found = {name: n_m.perplexities(lab, rule)[0] for name, rule in transposable.rules().items()}
 drawn, axes = figure(height=2.8)
 axes.barh(list(found), list(found.values()), color=[COLOURS["baseline"]] * 3 + [COLOURS["method"]] * 3)
 axes.axvline(lab.base_perplexity, color=COLOURS["reference"], linestyle="--")
-axes.set(xlabel="perplexity (dashed: dense)", xscale="log")
+axes.set(xlabel="perplexity (dashed: dense)", xscale="log", title="the second direction is dear in short groups")
 axes.invert_yaxis()
 drawn
 
@@ -182,8 +203,8 @@ assert 0.7 < found["4:8 both ways"] / found["2:4"] < 1.5
 # %% [markdown]
 # ## Trained on
 #
-# One shot is the worst case; these masks are made for training. A few steps with the mask in place win most of it
-# back, and the gap between the two kinds of masks narrows.
+# One shot is the worst case; these masks are made for training. So train on with the mask in place, for 20 steps and
+# then for 60 more.
 
 # %%
 curves = {}
@@ -198,14 +219,15 @@ for name in ("2:4", "2:4 both ways"):
     curves[name] = costs
 
 # %% [markdown]
-# Before, after 20 steps, and after 60 more:
+# A few steps win most of it back, and the gap between the two kinds of masks narrows. (The dense model was not trained
+# on these steps; given them, it would be better, too.)
 
 # %%
 drawn, axes = figure(height=2.6)
 for (name, costs), role in zip(curves.items(), ("baseline", "method"), strict=True):
-    axes.plot([0, 20, 80], costs, marker="o", color=COLOURS[role], label=name)
+    axes.plot([0, 20, 80], costs, **series(role), label=name)
 axes.axhline(lab.base_perplexity, color=COLOURS["reference"], linestyle="--", label="dense, not trained on")
-axes.set(xlabel="training steps", ylabel="perplexity", yscale="log")
+axes.set(xlabel="training steps", ylabel="perplexity", yscale="log", title="training closes the gap")
 legend(axes)
 gaps = [both - rows for rows, both in zip(*curves.values(), strict=True)]
 assert 0 < gaps[2] < gaps[0] / 4
@@ -226,8 +248,8 @@ for name, size in (("kernel", case.bytes), ("scores alone, written and read", sc
 assert case.bytes < 3.01 * numbers and scores == 45 * numbers
 
 # %% [markdown]
-# The machine code for an H100 or H200, made without one: nothing spilled, loads of 128 bits, and the tensor cores at
-# work. And, where recorded, its time on a GPU.
+# The machine code for an H100 or H200 (sm_90), made without one: nothing spilled, loads of 128 bits, and the tensor
+# cores at work (HGMMA is their instruction).
 
 # %%
 report = check.static_report("sparsity.transposable", [90])
@@ -235,8 +257,15 @@ for row in report:
     print(f"{row['case']:28} {row['kernel']:12} {row['registers']:3} registers, {row['load_bits']}-bit loads, "
           f"{row['spill_bytes']} bytes spilled, tensor cores: {row['tensor_instructions'] or 'none'}")  # fmt: skip
 assert not any(row["failures"] for row in report)
+
+# %% [markdown]
+# And, where recorded, its time on a GPU.
+
+# %%
 for row in bench.recorded("sparsity.transposable"):
     print(f"{row['gpu']}, {row['case']}: {row.get('median_us', float('nan')):.1f} µs")
+if not bench.recorded("sparsity.transposable"):
+    print("not recorded yet: python -m kernels bench sparsity.transposable, on a machine with a GPU")
 
 # %% [markdown]
 # ## Your turn

@@ -45,9 +45,10 @@ LENGTHS = st.sampled_from((1, 13, 17, 33)) | st.integers(1, 40)
 SIZES = st.sampled_from((1, 3, 16, 24))
 
 
-def problems(lengths=LENGTHS, sizes=SIZES) -> st.SearchStrategy[Problem]:
-    """Problems of all kinds."""
-    return st.builds(make, st.sampled_from(KINDS), st.integers(0, 2**32 - 1), lengths, sizes, sizes)
+def problems(lengths=LENGTHS, sizes=SIZES, leading=((1, 2), (2, 1), (2, 3))) -> st.SearchStrategy[Problem]:
+    """Problems of all kinds; leading: batch and heads."""
+    seeds = st.integers(0, 2**32 - 1)
+    return st.builds(make, st.sampled_from(KINDS), seeds, lengths, sizes, sizes, st.sampled_from(leading))
 
 
 def assert_close(actual, expected, dtype=np.float64, terms: int = 40) -> None:

@@ -106,6 +106,7 @@ def refused() -> list:
         ((qk[:, :0], qk[:, :0], buckets[..., :0]), {}, ValueError),
         ((nan, qk, buckets), {}, ValueError),
         ((qk, qk, buckets), {"chunk": 0}, ValueError),
+        ((qk, qk, buckets), {"chunk": -2}, ValueError),
         ((qk, qk, buckets), {"scale": 0.0}, ValueError),
         ((qk, qk, buckets), {"scale": np.nan}, ValueError),
         ((qk, qk, buckets), {"scale": np.inf}, ValueError),

@@ -23,7 +23,9 @@ BAD_OPTIONS = [
     {"scale": -1.0},
     {"scale": math.inf},
     {"scale": math.nan},
+    {"block_q": -16},
     {"block_q": 0},
+    {"block_k": 0},
     {"block_k": -16},
 ]
 

@@ -84,6 +84,13 @@ def test_tiles_past_the_diagonal_are_not_touched(T, S):
 
 
 @FORWARD
+def test_a_tile_has_64_queries_unless_told():
+    q, v = np.ones((1, 1, 65, 4)), np.ones((1, 1, 65, 4))
+    v[:, :, 64] = np.nan  # past the diagonal for the first 64, which are one tile
+    np.testing.assert_array_equal(np.isnan(flash.flash_attention(q, q, v)[0][0, 0, :, 0]), np.arange(65) == 64)
+
+
+@FORWARD
 def test_forward_with_scores_far_below_zero():
     out, lse = flash.flash_attention(FAR_BELOW.q, FAR_BELOW.k, FAR_BELOW.v)
     assert (out.item(), lse.item()) == (FAR_BELOW.v.item(), -(2**20))

@@ -15,6 +15,7 @@ from chapters.attention import flash_decoding as decoding
 from tests.attention.checks import assert_close, assert_kernel_close, untouched
 from tests.attention.on_device import DTYPES, PLACES, Place, few_examples, on_device
 from tests.attention.problems import HEAD_SIZES, KINDS, LENGTHS, Problem, make, problems
+from tests.attention.refused import wrong_input
 from tests.conftest import DEVICE, golden, kernel, oracle, tolerance
 from tests.fences import walled
 
@@ -92,6 +93,8 @@ def test_no_keys_at_all():
     ("outs", "lses", "error"),
     [
         (np.zeros((2, 3, 4)), np.zeros((2, 4)), ValueError),
+        (np.zeros((2, 3, 4)), np.zeros((2, 1)), ValueError),
+        (np.zeros(2), np.zeros(()), ValueError),
         (np.zeros((0, 3, 4)), np.zeros((0, 3)), ValueError),
         (np.zeros((2, 3)), np.array([0, np.inf]), ValueError),
         (np.zeros((2, 3)), np.array([0, np.nan]), ValueError),
@@ -145,10 +148,23 @@ def test_splits_leave_none_empty_and_the_gpu_busy(programs, multiprocessors, til
 
 
 @SPLITS
+def test_a_quarter_million_tiles_are_cut_into_128_runs_at_most():
+    assert decoding.number_of_splits(1, 10**4, 2**18) == 109  # the first with 85% of what 128 runs keep busy
+    assert decoding.number_of_splits(1, 10**4, 2**18, 64) == 55
+
+
+@SPLITS
+def test_80_and_85_percent_are_enough():
+    assert decoding.number_of_splits(4, 5, 100) == 1
+    assert decoding.number_of_splits(1, 20, 400) == 17
+
+
+@SPLITS
 @pytest.mark.parametrize("position", range(4))
-def test_splits_refuse_nothing_to_do(position):
+@pytest.mark.parametrize("value", [0, -1])
+def test_splits_refuse_nothing_to_do(position, value):
     arguments = [8, 132, 64, 128]
-    arguments[position] = 0
+    arguments[position] = value
     with pytest.raises(ValueError):
         decoding.number_of_splits(*arguments)
 
@@ -212,8 +228,11 @@ def test_hidden_keys_and_other_rows_make_none_recompute():
 @UNIFIED
 def test_sums_that_overflow_are_recomputed():
     q, k, _ = one_query([3, 3])
-    out, _, again = decoding.unified_max_attention(q, k, np.full_like(k, 1e38), 0.0, -7.0, 5.0, 1.0)
-    assert again.all() and out.item() == np.float32(1e38)
+    for signs, expected in (([1, 1], np.float32(1e38)), ([1, -1], 0)):  # infinite, then no number
+        v = np.float32(1e38) * np.array(signs, np.float32).reshape(k.shape)
+        with np.errstate(all="raise", under="ignore"):
+            out, _, again = decoding.unified_max_attention(q, k, v, 0.0, -7.0, 5.0, 1.0)
+        assert again.all() and out.item() == expected
 
 
 @UNIFIED
@@ -223,6 +242,22 @@ def test_sums_that_overflow_are_recomputed():
 def test_unified_maximum_refuses_what_float32_cannot_carry(bounds):
     with pytest.raises(ValueError):
         decoding.unified_max_attention(*one_query([0, 0]), *bounds)
+
+
+@UNIFIED
+def test_unified_maximum_takes_all_that_float32_can_carry():
+    arrays, (low, high) = one_query([0, 0]), book.carried_range(np.float32, 2)
+    for phi, again in ((0.0, False), (float(np.finfo(np.float32).max), True)):
+        out, lse, recomputed = decoding.unified_max_attention(*arrays, phi, low, high)
+        assert recomputed.item() is again
+        np.testing.assert_allclose([out.item(), lse.item()], [1.5, math.log(2)], **tolerance(np.float32))
+
+
+@UNIFIED
+@pytest.mark.parametrize(("arrays", "options", "error"), [x for x in wrong_input() if "block" not in str(x[1])])
+def test_unified_maximum_refuses_arrays(arrays, options, error):
+    with pytest.raises(error):
+        decoding.unified_max_attention(**arrays, **options, phi=0.0, low=-1.0, high=1.0)
 
 
 @given(st.integers(1, 16), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -37,8 +38,9 @@ def test_scores_are_capped_then_biased_then_masked(seed, left, right, softcap, b
     scores = generator.normal(size=(1, 2, 4, 5)) * 10.0 ** generator.integers(-3, 4)
     distance = np.arange(5) - np.arange(4)[:, None] + shift
     slopes = generator.uniform(0, 2, (2, 1, 1)) if biased else None
-    more = {"left": left, "right": right, "softcap": softcap, "slopes": slopes}
+    kept, more = deepcopy(slopes), {"left": left, "right": right, "softcap": softcap, "slopes": slopes}
     found = untouched(flash_variants.modified_scores, scores, distance, **more)
+    np.testing.assert_equal(slopes, kept)
     for place in np.ndindex(scores.shape):
         x, ahead = scores[place], int(distance[place[2:]])
         x = x if softcap is None else softcap * math.tanh(x / softcap)
@@ -50,7 +52,7 @@ def test_scores_are_capped_then_biased_then_masked(seed, left, right, softcap, b
 @MODIFY
 def test_modified_scores_keep_float32():
     scores, distance = np.array([[-1e30, 1.0, 1e30]], np.float32), np.array([[-1, 0, 1]])
-    found = flash_variants.modified_scores(scores, distance, 1, 0, 5.0, np.ones((1, 1), np.float32))
+    found = flash_variants.modified_scores(scores, distance, 1, 0, 5.0, np.ones((1, 1)))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, [[-6, 5 * math.tanh(0.2), -np.inf]], rtol=1e-6)
 
@@ -58,8 +60,9 @@ def test_modified_scores_keep_float32():
 @FORWARD
 @given(variants(), BLOCKS, BLOCKS)
 def test_tiles_of_any_size_give_attention(variant, block_q, block_k):
-    options = variant.options()
+    options, kept = variant.options(), deepcopy(variant.options())
     out, lse = untouched(flash_variants.flash_attention, *variant.arrays, **options, block_q=block_q, block_k=block_k)
+    np.testing.assert_equal(options, kept)
     expected = book.attention(*variant.arrays, **options)
     assert_close(out, expected[0], variant.problem)
     assert_close(lse, expected[1], variant.problem)
@@ -96,6 +99,14 @@ def test_tiles_outside_the_window_are_not_touched(window, causal, seen):
     out, _ = flash_variants.flash_attention(q, k, v, causal, window=window, block_q=8, block_k=8)
     expected = book.attention(q, k, np.nan_to_num(v), causal, window=window)[0]
     np.testing.assert_allclose(out[:, :, rows], expected[:, :, rows], atol=1e-12)
+
+
+@FORWARD
+def test_a_tile_has_64_queries_unless_told():
+    q, v = np.ones((1, 1, 65, 4)), np.ones((1, 1, 65, 4))
+    v[:, :, 64] = np.nan  # past the diagonal for the first 64, which are one tile
+    out, _ = flash_variants.flash_attention(q, q, v)
+    np.testing.assert_array_equal(np.isnan(out[0, 0, :, 0]), np.arange(65) == 64)
 
 
 @FORWARD
@@ -137,11 +148,12 @@ EVERYTHING = {"window": (300, None), "softcap": 3.0, "slopes": np.array([0.1]), 
 
 
 @FORWARD
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("options", [{}, EVERYTHING])
-def test_a_tile_of_that_size_is_all_that_is_made(options):
-    x = np.random.default_rng(0).normal(size=(1, 1, 512, 4))
-    peak = most_held(flash_variants.flash_attention, x, x, x, **options, block_q=128, block_k=128)
-    assert 128 * 128 * 8 <= peak < 10 * 128 * 128 * 8 + 8 * x.nbytes
+def test_a_tile_of_that_size_is_all_that_is_made(options, dtype):
+    x = np.random.default_rng(0).normal(size=(1, 1, 512, 4)).astype(dtype)
+    peak, tile = most_held(flash_variants.flash_attention, x, x, x, **options, block_q=128, block_k=128), 128 * 128
+    assert tile * x.itemsize <= peak < 10 * tile * x.itemsize + 8 * x.nbytes
 
 
 @BACKWARD
@@ -152,7 +164,9 @@ def test_backward_is_autograd_s(variant, block_q, block_k):
     expected = torch.autograd.grad(torch_variant(*tensors, variant), tensors, torch.from_numpy(problem.dout))
     given_ = (problem.dout, *variant.arrays, *book.attention(*variant.arrays, **options))
     blocks = {"block_q": block_q, "block_k": block_k}
+    kept = deepcopy(options)
     gradients = untouched(flash_variants.flash_attention_backward, *given_, **options, **blocks)
+    np.testing.assert_equal(options, kept)
     for gradient, truth in zip(gradients, expected, strict=True):
         assert_close(gradient, truth.nan_to_num(0), problem)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 import math
 from types import SimpleNamespace
 
@@ -12,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chapters.attention import heads as chapter
-from chapters.attention.heads import grouped_attention, pool_heads, rope_append, rotate
+from chapters.attention.heads import grouped_attention, pool_heads, rope_append, rotary_tables, rotate
+from tests.attention.checks import untouched
 from tests.conftest import DEVICE, KERNEL_DTYPES, golden, kernel, oracle, poisoned, tolerance
 from tests.fences import walled
 
@@ -37,13 +36,14 @@ def attended_by_hand(q, k, v, causal, scale):
 
 @pytest.mark.exercise("chapters.attention.heads.grouped_attention", points=2)
 class TestGroupedAttention:
-    @given(SEEDS, HEADS, st.integers(1, 3), st.integers(0, 4), st.sampled_from([1, 2, 5]), st.booleans())
-    def test_each_query_head_reads_its_key_head(self, seed, heads, T, past, D, causal):
-        (H, Hkv), rng = heads, np.random.default_rng(seed)
-        q, k, v = (rng.normal(size=(2, n, length, D)) for n, length in ((H, T), (Hkv, T + past), (Hkv, T + past)))
+    @given(SEEDS, HEADS, st.integers(1, 3), st.integers(1, 7), st.sampled_from([1, 2, 5]), st.booleans())
+    def test_each_query_head_reads_its_key_head(self, seed, heads, T, S, D, causal):
+        (H, Hkv), rng, causal = heads, np.random.default_rng(seed), causal and S >= T
+        q, k, v = (rng.normal(size=(2, n, length, D)) for n, length in ((H, T), (Hkv, S), (Hkv, S)))
         for scale in (None, 0.3):
             expected = attended_by_hand(q, k, v, causal, D**-0.5 if scale is None else scale)
-            np.testing.assert_allclose(grouped_attention(q, k, v, causal, scale), expected, **tolerance(float, 7, 4))
+            found = untouched(grouped_attention, q, k, v, causal=causal, scale=scale)
+            np.testing.assert_allclose(found, expected, **tolerance(float, 7, 4))
 
     @pytest.mark.parametrize("case", ["mha_causal", "gqa_causal", "mqa_causal", "gqa_cross"])
     def test_equals_torch(self, case):
@@ -58,27 +58,35 @@ class TestGroupedAttention:
         expected = arrays["eager/out"][:1].swapaxes(1, 2)
         np.testing.assert_allclose(grouped_attention(q, k, v), expected, **tolerance(np.float32, 9))
 
-    def test_scores_of_any_size_stay_finite(self):
-        q, k = np.full((1, 2, 2, 4), 100.0), np.full((1, 1, 3, 4), 100.0)
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_scores_of_any_size_stay_finite_and_in_their_dtype(self, dtype):
+        q, k = np.full((1, 2, 2, 4), 100, dtype), np.full((1, 1, 3, 4), 100, dtype)
+        q[:, :, 0] = -100  # no row's scores make another's vanish
         for sign in (1, -1):
-            out = grouped_attention(q, sign * k, np.arange(12.0).reshape(1, 1, 3, 4))
-            np.testing.assert_allclose(out[0, 1], [[2, 3, 4, 5], [4, 5, 6, 7]])
+            out = grouped_attention(q, sign * k, np.arange(12, dtype=dtype).reshape(1, 1, 3, 4))
+            assert out.dtype == dtype
+            np.testing.assert_allclose(out[0, 1], [[2, 3, 4, 5], [4, 5, 6, 7]], **tolerance(dtype))
 
     @pytest.mark.parametrize(
-        ("q", "k", "causal"),
+        ("q", "k", "v", "causal"),
         [
-            ((1, 4, 2, 8), (1, 3, 2, 8), True),
-            ((1, 2, 2, 8), (1, 4, 2, 8), True),
-            ((1, 4, 3, 8), (1, 2, 2, 8), True),
-            ((1, 4, 3, 8), (1, 2, 0, 8), False),
-            ((1, 4, 2, 8), (2, 2, 2, 8), True),
-            ((1, 4, 2, 8), (1, 2, 2, 6), True),
-            ((4, 2, 8), (2, 2, 8), True),
+            ((1, 4, 2, 8), (1, 3, 2, 8), (1, 3, 2, 8), True),
+            ((1, 2, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8), True),
+            ((1, 4, 3, 8), (1, 2, 2, 8), (1, 2, 2, 8), True),
+            ((1, 4, 3, 8), (1, 2, 0, 8), (1, 2, 0, 8), False),
+            ((1, 4, 2, 8), (1, 0, 2, 8), (1, 0, 2, 8), True),
+            ((1, 4, 2, 8), (2, 2, 2, 8), (2, 2, 2, 8), True),
+            ((2, 4, 2, 8), (1, 2, 2, 8), (1, 2, 2, 8), True),  # would broadcast, and so would the next
+            ((1, 4, 2, 8), (1, 2, 2, 8), (1, 1, 2, 8), True),
+            ((1, 4, 2, 8), (1, 2, 2, 6), (1, 2, 2, 6), True),
+            ((4, 2, 8), (2, 2, 8), (2, 2, 8), True),
+            ((4, 2, 8), (1, 2, 2, 8), (1, 2, 2, 8), True),
+            ((1, 4, 2, 8), (2, 2, 8), (2, 2, 8), True),
         ],
     )
-    def test_refuses_what_does_not_fit(self, q, k, causal):
+    def test_refuses_what_does_not_fit(self, q, k, v, causal):
         with pytest.raises(ValueError):
-            grouped_attention(np.ones(q), np.ones(k), np.ones(k), causal)
+            grouped_attention(np.ones(q), np.ones(k), np.ones(v), causal)
 
 
 def turned_by_hand(x, cos, sin, layout):
@@ -119,33 +127,22 @@ class TestRotate:
         out = rotate(arrays["interleaved_gptj/x"], cos, sin, "interleaved")
         np.testing.assert_allclose(out, arrays["interleaved_gptj/out"], **tolerance(np.float32))
 
-    @pytest.mark.parametrize(("D", "half", "layout"), [(5, 2, "half"), (4, 4, "half"), (4, 1, "half"), (4, 2, "neox")])
-    def test_refuses_what_it_cannot_turn(self, D, half, layout):
+    def test_dtypes_are_those_of_products(self):
+        x, angles = np.arange(8).reshape(2, 4), np.array([0.3, 2.0])
+        arrays = [x, np.cos(angles), np.sin(angles)]
+        expected = [turned_by_hand(row, *arrays[1:], "half") for row in x]  # integers turn into floats
+        np.testing.assert_allclose(rotate(*arrays), expected, **tolerance(float, 2, 8))
+        for wide in (None, 0, 1, 2):
+            mixed = [y.astype(np.float64 if i == wide else np.float32) for i, y in enumerate(arrays)]
+            assert rotate(*mixed).dtype == (np.float32 if wide is None else np.float64)
+
+    @pytest.mark.parametrize(
+        ("D", "cos", "sin", "layout"),
+        [(5, 2, 2, "half"), (4, 4, 4, "half"), (4, 1, 2, "half"), (4, 2, 1, "half"), (4, 2, 2, "neox")],
+    )
+    def test_refuses_what_it_cannot_turn(self, D, cos, sin, layout):
         with pytest.raises(ValueError):
-            rotate(np.ones((3, D)), np.ones((3, half)), np.ones((3, half)), layout)
-
-
-@given(SEEDS, st.sampled_from([2, 6, 16]))
-def test_the_permutation_makes_one_layout_the_other_and_scores_stay(seed, D):
-    x, y = np.random.default_rng(seed).normal(size=(2, 7, D))
-    tables, order = chapter.rotary_tables(7, D), chapter.half_split_order(D)
-    inside = [rotate(z, *tables, "interleaved") for z in (x, y)]
-    halves = [rotate(z[:, order], *tables) for z in (x, y)]
-    for one, other in zip(inside, halves, strict=True):
-        np.testing.assert_array_equal(one[:, order], other)
-    np.testing.assert_allclose(inside[0] @ inside[1].T, halves[0] @ halves[1].T, **tolerance(float, D, 8))
-
-
-def test_tables_are_powers_of_theta_and_those_of_llama2c():
-    cos, sin = chapter.rotary_tables(9, 6, theta=100.0)
-    for p, i in np.ndindex(9, 3):
-        expected = cmath.exp(1j * p * 100.0 ** (-2 * i / 6))
-        assert abs(complex(cos[p, i], sin[p, i]) - expected) < 1e-12
-    arrays = golden("attn/rope_rmsnorm")
-    for name, table in zip(("cos", "sin"), chapter.rotary_tables(6, 16), strict=True):
-        np.testing.assert_allclose(table, arrays[f"interleaved_llama2c/freqs_{name}"], **tolerance(np.float32))
-    with pytest.raises(ValueError, match="even"):
-        chapter.rotary_tables(4, 5)
+            rotate(np.ones((3, D)), np.ones((3, cos)), np.ones((3, sin)), layout)
 
 
 @pytest.mark.exercise("chapters.attention.heads.pool_heads", points=1)
@@ -164,6 +161,12 @@ class TestPoolHeads:
     def test_equal_heads_lose_nothing(self):
         head = np.random.default_rng(0).normal(size=(4, 3))
         np.testing.assert_array_equal(pool_heads(np.tile(head, (4, 1)), 4, 1), head)
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32])
+    def test_what_only_float64_can_sum_is_pooled_all_the_same(self, dtype):
+        large = np.finfo(dtype).max
+        weight = np.array([[large, 1], [large, 2], [large, 4], [-large, 8]], dtype)
+        np.testing.assert_array_equal(pool_heads(weight, 4, 2), np.array([[large, 1.5], [0, 6]], dtype))
 
     @pytest.mark.parametrize(
         ("weight", "heads", "kv_heads"),
@@ -221,6 +224,7 @@ REFUSED = [
     ("positions", np.array([-1, 2])),
     ("positions", np.array([1])),
     ("positions", np.array([1.0, 2.0])),
+    ("positions", np.array([1, 2], np.int32)),
     ("k", np.ones((2, 2, 9))),
     ("tables", (np.ones((8, 3)), np.ones((8, 3)))),
     ("tables", (np.ones(9), np.ones(9))),
@@ -232,33 +236,34 @@ REFUSED = [
 class TestRopeAppend:
     @given(PROBLEMS, LAYOUTS)
     def test_puts_every_head_of_every_token_in_its_place(self, p, layout):
-        expected, kept = appended_by_hand(p, layout), p.qkv.copy()
+        expected, given_ = appended_by_hand(p, layout), (p.qkv, p.positions, *p.tables)
+        kept = [x.copy() for x in given_]
         q = rope_append(p.qkv, p.k, p.v, p.positions, *p.tables, layout)
         for found, truth in zip((q, p.k, p.v), expected, strict=True):
             np.testing.assert_allclose(found, truth, **tolerance(float, 2, 4))
-        assert np.array_equal(p.qkv, kept) and not np.shares_memory(q, p.qkv)
+        assert all(map(np.array_equal, given_, kept)) and not np.shares_memory(q, p.qkv)
 
     @pytest.mark.parametrize(("name", "value"), REFUSED)
     def test_refuses_and_stores_nothing(self, name, value):
         p = problem(positions=[1, 2])
         setattr(p, name, value)
-        kept = p.k.copy()
+        kept = p.k.copy(), p.v.copy()
         with pytest.raises(ValueError):
             rope_append(p.qkv, p.k, p.v, p.positions, *p.tables)
-        assert np.array_equal(p.k, kept)
+        assert np.array_equal(p.k, kept[0]) and np.array_equal(p.v, kept[1])
 
     def test_refuses_another_layout_and_stores_nothing(self):
         p = problem()
-        kept = p.k.copy()
+        kept = p.k.copy(), p.v.copy()
         with pytest.raises(ValueError):
             rope_append(p.qkv, p.k, p.v, p.positions, *p.tables, layout="neox")
-        assert np.array_equal(p.k, kept)
+        assert np.array_equal(p.k, kept[0]) and np.array_equal(p.v, kept[1])
 
 
 @given(SEEDS, HEADS, st.lists(st.integers(1, 3), min_size=1, max_size=4), LAYOUTS)
 def test_cached_decoding_is_the_full_pass(seed, heads, parts, layout):
     (H, Hkv), length, D, rng = heads, sum(parts), 4, np.random.default_rng(seed)
-    tables, qkv = chapter.rotary_tables(length, D), rng.normal(size=(2, length, (H + 2 * Hkv) * D))
+    tables, qkv = rotary_tables(length, D), rng.normal(size=(2, length, (H + 2 * Hkv) * D))
 
     def empty():
         return np.full((2, Hkv, length, D), np.nan)  # what is not yet written must not be read

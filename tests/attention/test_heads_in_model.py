@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import cmath
 
 import numpy as np
 import pytest
@@ -16,9 +17,32 @@ from minitfm.cache import KVCache
 from minitfm.config import Config
 from minitfm.model import Transformer, rotate
 from tests.attention.test_heads import REFUSED, on_device, problem
-from tests.conftest import DEVICE, kernel, tolerance
+from tests.conftest import DEVICE, golden, kernel, tolerance
 
 fast = kernel("attention.heads")
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 6, 16]))
+def test_the_permutation_makes_one_layout_the_other_and_scores_stay(seed, D):
+    x, y = np.random.default_rng(seed).normal(size=(2, 7, D))
+    tables, order = heads.rotary_tables(7, D), heads.half_split_order(D)
+    inside = [heads.rotate(z, *tables, "interleaved") for z in (x, y)]
+    halves = [heads.rotate(z[:, order], *tables) for z in (x, y)]
+    for one, other in zip(inside, halves, strict=True):
+        np.testing.assert_array_equal(one[:, order], other)
+    np.testing.assert_allclose(inside[0] @ inside[1].T, halves[0] @ halves[1].T, **tolerance(float, D, 8))
+
+
+def test_tables_are_powers_of_theta_and_those_of_llama2c():
+    cos, sin = heads.rotary_tables(9, 6, theta=100.0)
+    for p, i in np.ndindex(9, 3):
+        expected = cmath.exp(1j * p * 100.0 ** (-2 * i / 6))
+        assert abs(complex(cos[p, i], sin[p, i]) - expected) < 1e-12
+    arrays = golden("attn/rope_rmsnorm")
+    for name, table in zip(("cos", "sin"), heads.rotary_tables(6, 16), strict=True):
+        np.testing.assert_allclose(table, arrays[f"interleaved_llama2c/freqs_{name}"], **tolerance(np.float32))
+    with pytest.raises(ValueError, match="even"):
+        heads.rotary_tables(4, 5)
 
 
 def model(kv_heads: int = 0, **config) -> Transformer:
@@ -130,7 +154,7 @@ def test_the_sweep_has_both_ends_and_one_between():
 
 
 WORDS = ["columns", "multiple of 2 rows", "divide", "divide", "need qkv", "need qkv", "from 0 to 6", "from 0 to 6",
-         "need qkv", "int64", "need qkv", "cos and sin", "need qkv", "cos and sin"]  # fmt: skip
+         "need qkv", "int64", "int64", "need qkv", "cos and sin", "need qkv", "cos and sin"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("case", "words"), [*zip(REFUSED, WORDS, strict=True)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -34,9 +36,11 @@ def favor_golden(name: str) -> np.ndarray:
 def test_features_are_the_released_codes(name, prefix, suffix, eps):
     x = favor_golden(name)
     copy = x.copy()
-    found = linear.favor_features(x, favor_golden("projection"), query=name == "q", eps=eps)
+    projection = favor_golden("projection")
+    found = linear.favor_features(x, projection, query=name == "q", eps=eps)
     assert_close(found, favor_golden(f"{prefix}{name}_features{suffix}"), terms=1)
     np.testing.assert_array_equal(x, copy)
+    np.testing.assert_array_equal(linear.favor_features(x, projection, name == "q") == found, eps == 1e-4)
 
 
 @FAVOR
@@ -50,7 +54,10 @@ def test_features_are_positive_and_neither_overflow_nor_vanish_together(seed, si
         found = linear.favor_features(x, projection, query, eps=0.0)
         largest = along.max(axis=axes, keepdims=True)
         expected = np.exp(along - (y**2).sum(-1, keepdims=True) / 2 - largest) / np.sqrt(count)
-        np.testing.assert_allclose(found, expected, **tolerance(np.float64, D, scale=np.abs(along).max() + 1))
+        allowed = tolerance(np.float64, D, scale=np.abs(along).max() + 1)
+        np.testing.assert_allclose(found, expected, **allowed)
+        part = (1, slice(1 if query else None))  # a query, or all keys, without what stood around it
+        np.testing.assert_allclose(linear.favor_features(x[part], projection, query, 0.0), expected[part], **allowed)
 
 
 @FAVOR
@@ -63,12 +70,13 @@ def test_features_refuse_shapes(shape):
 
 
 @FAVOR
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_features_refuse_what_would_spread(bad):
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("query", [True, False])
+def test_features_refuse_what_would_spread(bad, query):
     x = np.ones((3, 4))
     x[1, 2] = bad
     with pytest.raises(ValueError):
-        linear.favor_features(x, np.ones((8, 4)), False)
+        linear.favor_features(x, np.ones((8, 4)), query)
 
 
 def test_more_features_come_closer_to_softmax_and_the_mean_is_exact():
@@ -156,10 +164,23 @@ def test_a_gate_forgets_by_the_product_of_the_gates_since(problem, seed):
     gates = np.random.default_rng(seed).uniform(size=q.shape[:3])
     gates.flat[0], state = 0.0, book.empty_state(k, v)
     for t in range(q.shape[2]):
+        before, copies = state, [x.copy() for x in state]
         out, state = linear.advance(state, q[:, :, t], k[:, :, t], v[:, :, t], 1e-3, gates[:, :, t])
+        assert all(map(np.array_equal, before, copies)), "the given state was changed"
     kept = np.stack([np.prod(gates[:, :, s + 1 :], axis=2) * (1 - gates[:, :, s]) for s in range(q.shape[2])], axis=-1)
     weights = kept * (q[:, :, -1:] * k).sum(-1)
     assert_close(out, (weights[..., None] * v).sum(2) / (weights.sum(-1, keepdims=True) + 1e-3))
+
+
+@ADVANCE
+def test_one_sequence_needs_no_leading_axes():
+    generator = np.random.default_rng(0)
+    q, k, v, state = *generator.uniform(1, 2, (2, 3)), generator.normal(size=4), (np.ones((3, 4)), np.ones(3))
+    for gate, keep, add in ((None, 1, 1), (np.array(0.25), 0.25, 0.75)):
+        out, after = linear.advance(book.State(*state), q, k, v, gate=gate)
+        assert_close(after.S, keep * state[0] + add * np.outer(k, v))
+        assert_close(after.z, keep * state[1] + add * k)
+        assert_close(out, q @ after.S / (q @ after.z + 1e-6))
 
 
 @CHUNKED
@@ -196,6 +217,16 @@ def test_float32_stays_float32_and_leading_axes_are_free():
 
 
 @CHUNKED
+def test_weights_are_made_inside_a_chunk_only():
+    x = np.ones((1, 1, 512, 4))
+    tracemalloc.start()
+    linear.chunked_attention(x, x, x, 16)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 512 * 512 * x.itemsize / 8, "of all weights, an eighth"
+
+
+@CHUNKED
 @pytest.mark.parametrize(("arrays", "options", "error"), wrong_input())
 def test_chunked_refuses(arrays, options, error):
     with pytest.raises(error):
@@ -205,7 +236,7 @@ def test_chunked_refuses(arrays, options, error):
 @CHUNKED
 def test_chunked_refuses_other_lengths_and_empty_chunks():
     q, v = np.ones((5, 3)), np.ones((5, 4))
-    for arrays, chunk in (((q[:4], q, v), 4), ((q, q, v), 0)):
+    for arrays, chunk in (((q[:4], q, v), 4), ((q, q, v), 0), ((q, q, v), -1)):
         with pytest.raises(ValueError):
             linear.chunked_attention(*arrays, chunk)
 
@@ -226,7 +257,7 @@ def test_the_backward_pass_is_autograd_s(problem, chunk):
 # --- the kernels --------------------------------------------------------------------------------------------------
 
 few_examples = settings(max_examples=max(settings.default.max_examples // 4, 6))
-KERNEL_PROBLEMS = problems(st.sampled_from((1, 17, 33)), st.sampled_from((1, 16, 24)))
+KERNEL_PROBLEMS = problems(st.sampled_from((1, 17, 33)), st.sampled_from((1, 16, 24)), leading=((1, 2),))
 
 
 @KERNEL_FORWARD

@@ -50,7 +50,7 @@ def test_a_slot_is_a_sum_over_all_positions_that_are_no_padding(problem, masked,
     expected = slots_of(x, problem.e, mask)
     if masked:
         x.swapaxes(1, 2)[~mask] = np.nan
-    assert_close(untouched(linformer.project, x, problem.e, mask=mask), expected)
+    assert_close(untouched(linformer.project, x, problem.e, *[mask] * masked), expected)
 
 
 @PROJECT
@@ -142,7 +142,7 @@ def test_blockwise_is_a_loop_over_queries(data, S, D, slots, block, own, seed):
     q, k, v, _, _ = make("normal", seed, T, S, D, 1, heads=heads).arrays()
     e, f = np.random.default_rng(seed).normal(size=(2, *(heads[1],) * own, slots, block))
     scale, share = data.draw(st.sampled_from((None, 0.3))), data.draw(st.booleans())
-    found = untouched(linformer.blockwise_attention, q, k, v, e, f=None if share else f, scale=scale)
+    found = untouched(linformer.blockwise_attention, q, k, v, e, *[f] * (not share), scale=scale)
     problem = make("normal", seed, T, S, D, 1, heads=heads)
     assert_close(found, blockwise_by_loops(q, k, v, e, e if share else f, scale), scores=problem.largest_score * 16)
 
@@ -163,6 +163,7 @@ def test_blockwise_sees_nothing_that_comes_later(S, block, seed):
 @pytest.mark.parametrize("size", [1e3, -1e3])
 def test_blockwise_survives_huge_scores_and_keeps_the_dtype(size):
     q, k, v = (np.full((1, 1, 9, 4), x, dtype=np.float32) for x in (100, size, 2))
+    q[:, :, ::2] *= -1  # no row's scores make another's vanish
     out = linformer.blockwise_attention(q, k, v, np.full((1, 4), 0.25, dtype=np.float32))
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, 2, **tolerance(np.float32))
@@ -197,8 +198,13 @@ def test_blockwise_refuses_other_dtypes_and_scales():
             linformer.blockwise_attention(x, x, x, e, f)
         with pytest.raises(TypeError):
             linformer.blockwise_attention(x, x, x, f)
-    with pytest.raises(ValueError):
-        linformer.blockwise_attention(x, x, x, e, scale=0.0)
+    for other in (x.astype(np.float32), x.astype(int)):
+        for arrays in ((other, x, x), (x, other, x), (x, x, other)):
+            with pytest.raises(TypeError):
+                linformer.blockwise_attention(*arrays, e)
+    for scale in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError):
+            linformer.blockwise_attention(x, x, x, e, scale=scale)
 
 
 @RANK
@@ -216,15 +222,19 @@ def test_the_share_is_that_of_known_singular_values(T, S, seed, size):
 
 @RANK
 def test_the_share_of_nothing_and_of_one_row():
-    assert linformer.rank_share(np.zeros((3, 4)), 1) == 1
+    with np.errstate(all="raise"):
+        assert linformer.rank_share(np.zeros((3, 4)), 1) == 1
     np.testing.assert_array_equal(linformer.rank_share(np.zeros((2, 5, 3, 4)), 2), np.ones((2, 5)))
     np.testing.assert_allclose(linformer.rank_share(np.full((6, 4), 0.25), 1), 1)
-    np.testing.assert_allclose(linformer.rank_share(np.eye(8), 2), 1 / 4)
+    for size in (1e-6, 1.0, -3.0):
+        np.testing.assert_allclose(linformer.rank_share(size * np.eye(8), 2), 1 / 4)
 
 
 @RANK
 def test_rank_share_refuses():
-    for weights, rank in ((np.eye(3), 0), (np.eye(3)[:2], 3), (np.ones(3), 1), (np.eye(3) * np.nan, 1)):
+    two = np.stack([np.eye(3), np.where(np.eye(3) == 1, np.inf, 0)])
+    refused = [(np.eye(3), 0), (np.eye(3), -1), (np.eye(3)[:2], 3), (np.eye(3)[:, :2], 3), (np.ones((4, 2, 3)), 3)]
+    for weights, rank in (*refused, (np.ones(3), 1), (np.eye(3) * np.nan, 1), (two, 1)):
         with pytest.raises(ValueError):
             linformer.rank_share(weights, rank)
 

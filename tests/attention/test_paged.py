@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from chapters.attention import paged
 from chapters.attention.paged import append_tokens, fork_sequence, free_sequence, paged_attention
+from tests.attention.checks import untouched
 from tests.attention.pages import Batch, assert_sound, batch, batches, manager_with, managers, state
 from tests.conftest import DEVICE, KERNEL_DTYPES, golden, kernel, oracle, poisoned, tolerance
 from tests.fences import walled
@@ -44,12 +45,17 @@ class TestAppend:
     def test_the_last_owner_writes_in_place(self):
         manager = manager_with({0: [3, 5], 1: [3, 5]}, {0: 6, 1: 6})
         assert append_tokens(manager, 0) == [(5, 11)] and append_tokens(manager, 1) == []
-        assert manager.tables == {0: [3, 11], 1: [3, 5]}
+        assert manager.tables == {0: [3, 11], 1: [3, 5]} and manager.lengths == {0: 7, 1: 7}
         assert_sound(manager)
 
     def test_a_full_block_is_never_copied(self):
         manager = manager_with({0: [3, 5], 1: [3, 5]}, {0: 8, 1: 8})
         assert append_tokens(manager, 0, 1) == [] and manager.tables == {0: [3, 5, 11], 1: [3, 5]}
+
+    def test_takes_the_last_free_blocks_and_the_last_slots(self):
+        manager = manager_with({0: [3, 0], 1: [3, 1]}, {0: 6, 1: 8}, blocks=5)
+        assert append_tokens(manager, 0, 9) == [] and manager.tables == {0: [3, 0, 4, 2], 1: [3, 1]}
+        assert append_tokens(manager, 0) == [] and manager.lengths == {0: 16, 1: 8} and manager.free_blocks == []
 
     def test_refuses_whole(self):
         manager = manager_with({0: [3, 0], 1: [3, 1]}, {0: 6, 1: 8}, blocks=5)
@@ -84,7 +90,10 @@ class TestFork:
         manager.tables[1].append(7)
         assert manager.tables[0] == [3, 5]
 
-    @pytest.mark.parametrize(("parent", "child", "length"), [(2, 3, None), (0, 1, 2), (0, 0, 2), (0, 3, 7), (0, 3, 0)])
+    @pytest.mark.parametrize(
+        ("parent", "child", "length"),
+        [(2, 3, None), (2, 3, 1), (0, 1, 2), (0, 1, None), (0, 0, 2), (0, 3, 7), (0, 3, 0), (0, 3, -1)],
+    )
     def test_refuses(self, parent, child, length):
         manager = manager_with({0: [3, 5], 1: [4]}, {0: 6, 1: 2})
         before = state(manager)
@@ -140,7 +149,7 @@ def bad_batches() -> list[tuple]:
 class TestPagedAttention:
     @given(batches(), st.sampled_from([None, 0.3]))
     def test_is_attention_over_each_sequence_laid_out_plainly(self, problem, scale):
-        found = paged_attention(*problem.arguments(), scale, problem.new)
+        found = untouched(paged_attention, *problem.arguments(), scale=scale, new=problem.new)
         assert found.dtype == np.float64 and found.shape == problem.q.shape
         np.testing.assert_allclose(found, problem.expected(scale), **tolerance(np.float64, 100, 10))
 

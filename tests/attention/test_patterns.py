@@ -41,6 +41,12 @@ def test_a_window_is_a_list_of_offsets(size, dilation, T, S):
 
 
 @WINDOW
+def test_a_window_is_dilated_only_where_asked():
+    offset = np.arange(12) - np.arange(12)[:, None]
+    np.testing.assert_array_equal(patterns.window(3).dense(12), abs(offset) < 3)
+
+
+@WINDOW
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -79,6 +85,14 @@ def test_every_free_block_is_drawn_equally_often():
 
 
 @RANDOM
+def test_every_choice_of_blocks_is_drawn_equally_often():
+    taken = np.array([[False, False, True, False, False]])
+    draws = [patterns.random_blocks(taken, 2, seed).tobytes() for seed in range(900)]
+    share = np.unique(draws, return_counts=True)[1] / 900
+    assert len(share) == 6 and abs(share - 1 / 6).max() < 0.06, "pairs of 4, five standard deviations of chance"
+
+
+@RANDOM
 def test_a_row_draws_the_same_whatever_others_have_taken():
     free = np.zeros((6, 12), dtype=bool)
     crowded = free.copy()
@@ -91,11 +105,23 @@ def test_rows_draw_for_themselves_and_seeds_matter():
     drawn = patterns.random_blocks(np.zeros((20, 30), dtype=bool), 3, seed=1)
     assert len({row.tobytes() for row in drawn}) > 15
     assert (drawn != patterns.random_blocks(np.zeros((20, 30), dtype=bool), 3, seed=2)).any()
+    np.testing.assert_array_equal(
+        patterns.random_blocks(np.zeros((20, 30), dtype=bool), 3),
+        patterns.random_blocks(np.zeros((20, 30), dtype=bool), 3, seed=0),
+    )
 
 
 @RANDOM
 @pytest.mark.parametrize(
-    ("taken", "count"), [(np.zeros((2, 2), bool), -1), (np.zeros(4, bool), 1), (np.zeros((2, 2)), 1)]
+    ("taken", "count"),
+    [
+        (np.zeros((2, 2), bool), -1),
+        (np.zeros((0, 2), bool), -1),
+        (np.zeros(4, bool), 1),
+        (np.zeros((2, 2, 2), bool), 1),
+        (np.zeros((2, 2)), 1),
+        (np.zeros((2, 2), int), 1),
+    ],
 )
 def test_random_blocks_refuse(taken, count):
     with pytest.raises(ValueError):
@@ -110,7 +136,7 @@ BLOCKS = st.tuples(st.integers(1, 20), st.integers(1, 20))
 @given(KINDS, st.integers(0, 2**31), SIZES, SIZES, BLOCKS, st.integers(1, 3), st.booleans())
 def test_blocks_are_sorted_and_masks_kept(kind, seed, T, S, blocks, heads, predicate):
     dense = [dense_mask(kind, seed + head, T, S, blocks) for head in range(heads)]
-    given_ = [as_pattern(x) for x in dense] if predicate else dense
+    given_ = [as_pattern(x) for x in dense] if predicate else [x.copy() for x in dense]
     mask = patterns.block_mask(given_ if heads > 1 else given_[0], T, S, *blocks)
     assert (mask.shape, mask.block_q, mask.block_k) == ((T, S), *blocks)
     assert mask.partial.dtype == mask.full.dtype == mask.tokens.dtype == bool
@@ -123,6 +149,14 @@ def test_blocks_are_sorted_and_masks_kept(kind, seed, T, S, blocks, heads, predi
         if mask.partial[head, row, column]:
             np.testing.assert_array_equal(next(kept), block)
     assert next(kept, None) is None
+    assert predicate or all(map(np.array_equal, given_, dense)), "a mask was changed"
+
+
+@MASK
+def test_blocks_are_of_64_tokens_unless_told():
+    mask = patterns.block_mask((np.tri(128, 130, dtype=bool), np.ones((128, 130), bool)), 128, 130)  # a tuple of heads
+    assert (mask.block_q, mask.block_k, mask.tokens.shape) == (64, 64, (4, 64, 64))
+    assert mask.full.tolist() == [[[False, False, False], [True, False, False]], [[True, True, False]] * 2]
 
 
 @MASK
@@ -143,8 +177,13 @@ def test_a_pattern_is_asked_for_a_row_of_blocks_at_a_time():
     [
         (np.ones((4, 5), bool), {"T": 5, "S": 4}, ValueError),
         (np.ones((4, 4), bool), {"block_q": 0}, ValueError),
+        (np.ones((4, 4), bool), {"block_k": 0}, ValueError),
         (np.ones((4, 4), bool), {"block_k": -8}, ValueError),
         (np.ones((4, 4), bool), {"block_k": 2.0}, TypeError),
+        (np.ones((4, 4), bool), {"block_q": 2.5}, TypeError),
+        (Pattern(lambda i, j: j <= i), {"T": 4.0}, TypeError),
+        (Pattern(lambda i, j: j <= i), {"S": 0}, ValueError),
+        (np.ones((2, 4, 4), bool), {}, ValueError),
         (np.ones((4, 4)), {}, TypeError),
         ("causal", {}, TypeError),
         ([], {}, ValueError),
@@ -156,9 +195,9 @@ def test_masks_and_blocks_that_do_not_fit_are_refused(masks, options, error):
         patterns.block_mask(masks, **{"T": 4, "S": 4, "block_q": 2, "block_k": 2} | options)
 
 
-def attend_rows(mask, q, k, v, head=0):
-    """`attend_row` for every row of blocks, joined."""
-    scale = q.shape[-1] ** -0.5
+def attend_rows(mask, q, k, v, head=0, times=1.0):
+    """`attend_row` for every row of blocks, joined; scale `times` / √D."""
+    scale = times * q.shape[-1] ** -0.5
     parts = [
         untouched(patterns.attend_row, q[..., at, :], k, v, mask=mask, head=head, row=row, scale=scale)
         for row, at in enumerate(mask.rows())
@@ -178,6 +217,18 @@ def test_rows_over_live_blocks_are_attention_with_the_mask(case, blocks):
         expected = definition(*arrays, case.masks[head][None])
         assert_close(out, expected[0], problem)
         assert_close(lse, expected[1], problem)
+
+
+@ROW
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_that_share_keys_broadcast_and_the_scale_is_the_one_given(batch):
+    case = masked("half", 5, (batch, 1, 3), 20, 27, 5, each=False, data="normal")
+    mask, (q, k, v) = book.block_mask(case.masks, 20, 27, 8, 8), (case.problem.q, case.problem.k, case.problem.v)
+    expected = definition(3 * q, k, v, case.seen)
+    for found, truth in zip(attend_rows(mask, q, k, v, times=3), expected, strict=True):
+        assert_close(found, truth, case.problem)
+    for found, truth in zip(attend_rows(mask, q[0, 1], k[0, 0], v[0, 0], times=3), expected, strict=True):
+        assert_close(found, truth[0, 1], case.problem)
 
 
 @ROW

@@ -68,3 +68,30 @@ def test_a_heatmap_is_white_at_zero_only_where_signs_differ(values, signed):
 def test_a_heatmap_needs_a_matrix(values):
     with pytest.raises(ValueError, match="non-empty matrix"):
         heatmap(figure()[1], values, "weight")
+
+
+@pytest.mark.parametrize(
+    ("limits", "labels"),
+    [
+        ((40, 110), ["40", "50", "70", "100"]),
+        ((4, 60), ["5", "10", "20", "50"]),
+        ((0.011, 0.0119), ["0.011", "0.01125", "0.0115", "0.01175"]),
+    ],
+)
+def test_a_short_logarithmic_axis_has_plain_numbers(limits, labels):
+    drawn, axes = figure()
+    axes.set(yscale="log", ylim=limits)
+    figures.save_png_bytes(drawn)
+    low, high = limits
+    shown = [tick.label1.get_text() for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert shown == labels
+    assert not any(text.get_text() for text in axes.get_yticklabels(minor=True))
+
+
+def test_long_logarithmic_axes_and_those_with_ticks_of_their_own_stay():
+    drawn, (left, right) = panels(2)
+    left.set(yscale="log", ylim=(1, 1000))
+    right.set(yscale="log", ylim=(2, 9), yticks=[3])
+    figures.save_png_bytes(drawn)
+    assert "$" in left.get_yticklabels()[1].get_text()
+    assert right.get_yticks().tolist() == [3]

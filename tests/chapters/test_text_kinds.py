@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from chapters.claims import NotMeasurable
 from chapters.lab import Lab
 from chapters.shared import text_kinds
 from chapters.shared.text_kinds import KINDS, kind, sorted_text, streams_by_task
@@ -47,5 +48,5 @@ def test_the_books_text_has_all_kinds_and_every_id_tells_its_own():
 def test_text_that_lacks_a_kind_is_refused(tmp_path):
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text("Prose and nothing else. " * 40 + name, encoding="utf-8")
-    with pytest.raises(ValueError, match="too few definitions"):
+    with pytest.raises(NotMeasurable, match="too few definitions"):
         sorted_text(Lab(text=tmp_path))

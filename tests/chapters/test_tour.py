@@ -34,6 +34,17 @@ def test_a_tour_where_all_ran_ends_well_reproduced_or_not(book, lab, tmp_path, c
     assert tour.tour([contents.find("holds"), contents.find("shows_not")], lab, tmp_path, console) == 0
 
 
+def test_a_text_that_lacks_what_a_claim_measures_is_no_failure(book, lab, tmp_path, console):
+    def claim(lab):
+        raise claims.NotMeasurable("the text has too few examples")
+
+    book["holds"].claim = claim
+    assert tour.tour([contents.find("holds"), contents.find("shows_not")], lab, tmp_path, console) == 0
+    for text in (console.file.getvalue(), page_of(tmp_path)):
+        assert "0 of 2 claims reproduced, 1 not reproduced, 1 not measured" in text
+        assert "the text has too few examples" in text and "Where it happened" not in text
+
+
 def test_the_report_stands_alone(book, lab, tmp_path, console):
     tour.tour(contents.CONTENTS, lab, tmp_path, console)
     page = page_of(tmp_path)

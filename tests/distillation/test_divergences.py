@@ -206,6 +206,11 @@ class TestBatch:
         expected = generate(student, TEXT[:, :5], 15, temperature=temperature, seed=9)
         assert torch.equal(gkd_batch(student, TEXT, 5, 1.0, 9, temperature), expected)
 
+    def test_is_the_text_where_the_draw_is_the_share(self):
+        for seed in range(5):
+            share = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+            assert torch.equal(gkd_batch(tiny_model(), TEXT, 5, share, seed), TEXT)
+
     def test_mixes_as_often_as_asked(self):
         student = tiny_model()
         drawn_ = [not torch.equal(gkd_batch(student, TEXT[:1, :6], 1, 0.3, seed), TEXT[:1, :6]) for seed in range(200)]

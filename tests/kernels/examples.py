@@ -69,9 +69,9 @@ def shifted_matmul(x, w):
     return out
 
 
-def double(x, block=1024):
+def double(x, block=1024, dtype=torch.float32):
     """2 x, with a grid that Triton asks for."""
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=dtype)
     double_kernel[lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)](x, out, x.numel(), BLOCK=block, num_warps=4)
     return out
 
@@ -103,9 +103,9 @@ def shifted(device):
     return (torch.empty((1 << 20) + 1, device=device)[1:],)
 
 
-def case(name, inputs, run, kind):
+def case(name, inputs, run, kind, narrow_stores=""):
     """A case of 1 GB and 1 TFLOP: the figures only scale the floor."""
-    return Case(name, inputs, run, expected=run, bytes=10**9, operations=10**12, kind=kind)
+    return Case(name, inputs, run, run, bytes=10**9, operations=10**12, kind=kind, narrow_stores=narrow_stores)
 
 
 bf16 = operands(torch.bfloat16)
@@ -116,6 +116,8 @@ CASES = [
     case("spills", vector, softmax, "other"),
     case("too much shared memory", bf16, lambda x, w: matmul(x, w, stages=6, block_n=256), "matrix"),
     case("scalar loads", shifted, double, "stream"),
+    case("narrow stores", vector, lambda x: double(x, dtype=torch.int8), "stream"),
+    case("explained stores", vector, lambda x: double(x, dtype=torch.int8), "stream", "bytes, 8 for a thread"),
     case("no tensor cores", operands(torch.float32), lambda x, w: matmul(x, w, 2, 64, 16, ieee=True), "matrix"),
     case("no dot", vector, double, "matrix"),
     case("serialized", bf16, shifted_matmul, "matrix"),

@@ -78,7 +78,7 @@ def test_good_matrix_kernel(rows):
         assert row.load_bits == 128 and row.async_copies > 0 and row.uses_dot
         assert row.shared_bytes >= 2 * (128 * 64 + 64 * 128) * 2  # two stages of both tiles, 2 bytes a number
         assert 0 < row.occupancy <= 0.5 and 64 < row.registers <= check.MAX_REGISTERS
-        assert row.argument_bytes == 3 * 4096 * 4096 * 2
+        assert (row.argument_bytes, row.made_bytes) == (3 * 4096 * 4096 * 2, 4096 * 4096 * 2)
 
 
 def test_good_streaming_kernel(rows):
@@ -93,6 +93,7 @@ def test_launches_of_a_case_are_told_apart(rows):
     for arch in (80, 90):
         large, small = (row for row in of(rows, "two sizes") if row.arch == arch)
         assert (large.launches, large.load_bits, large.failures) == (2, 128, [])
+        assert (large.made_bytes, small.made_bytes) == (4 << 20, 4)  # what it returns, not what it was given
         assert (small.launches, small.load_bits, small.failures) == (1, 32, [])  # carries no weight
 
 
@@ -120,6 +121,13 @@ def test_scalar_loads_are_refused(rows):
     assert all(row.wide_load_share == 0 for row in of(rows, "scalar loads"))
 
 
+def test_narrow_stores_are_refused_unless_the_case_explains_them(rows):
+    """The same kernel as "double", writing bytes: 8 for each of a program's threads."""
+    assert failures(rows, "narrow stores") == {"a streaming kernel whose widest global store has # bits, not #"}
+    assert failures(rows, "explained stores") == set()
+    assert "; stores below 128 bits: bytes, 8 for a thread\n" in check.static_text(of(rows, "explained stores"))
+
+
 def test_matrix_kernels_without_tensor_cores_are_refused(rows):
     expected = {"a matrix kernel without tensor-core instructions"}
     assert failures(rows, "no tensor cores") == failures(rows, "no dot") == expected
@@ -142,7 +150,7 @@ def test_what_does_not_compile_or_launch_is_reported(rows):
 def test_report_counts_failures(rows, capsys):
     assert check.report(rows) == 1
     printed = capsys.readouterr()
-    assert "| sm_90 | matmul_kernel | 32x32 |" in printed.out and printed.out.count("FAILED") == 15
+    assert "| sm_90 | matmul_kernel | 32x32 |" in printed.out and printed.out.count("FAILED") == 17
     assert "examples / no dot / double_kernel on sm_80, sm_90: a matrix kernel" in printed.err
     assert check.report([row for row in rows if not row.failures]) == 0
     assert check.report(rows[:1], as_json=True) == 0
@@ -234,6 +242,15 @@ def test_stream_gate_applies_to_kernels_that_carry_weight():
     large = {"argument_bytes": 1000, "load_bits": 128}
     assert pair("stream", large, {"argument_bytes": 99, "load_bits": 32}) == [True, True]
     assert pair("stream", large, {"argument_bytes": 100, "load_bits": 32}) == [True, False]
+
+
+def test_store_gate_applies_to_kernels_with_large_outputs():
+    large, wide = {"argument_bytes": 1000, "load_bits": 128}, {"load_bits": 128, "store_bits": 128}
+    assert pair("stream", large, {"made_bytes": 100, "store_bits": 64}) == [True, True]
+    assert pair("stream", large, {"made_bytes": 101, "store_bits": 64}) == [True, False]
+    assert pair("stream", large, {"made_bytes": 101, "store_bits": 128}) == [True, True]
+    assert pair("matrix", large | PRODUCT, {"made_bytes": 101, "store_bits": 64}) == [True, True]
+    assert judged(kind="stream", narrow_stores="counts") == [] != judged(kind="stream", narrow_stores="counts", **wide)
 
 
 def test_instructions_are_read_by_name_and_width():

@@ -55,10 +55,12 @@ def test_exactly_these_orders():
     assert batch_priority.priority(np.array([0.5, 0.9, 0.1, 0.9, 0.5, 0.5])).tolist() == [1, 3, 0, 4, 5, 2]
     assert batch_priority.priority(np.array([-np.inf, 0.0, -0.0, np.inf, 0.0, np.inf])).tolist() == [3, 5, 1, 2, 4, 0]
     assert batch_priority.priority(np.array([1.0, 1 + 1e-12, 1e300, 2e300])).tolist() == [3, 2, 1, 0]
+    nobody = batch_priority.priority(np.zeros(0, np.float32))
+    assert nobody.shape == (0,) and nobody.dtype == np.int64
 
 
 @PRIORITY
-@pytest.mark.parametrize("score", [np.array([0.1, np.nan]), np.zeros((2, 2))])
+@pytest.mark.parametrize("score", [np.array([0.1, np.nan]), np.zeros((2, 2)), np.float64(1)])
 def test_scores_that_have_no_order_are_refused(score):
     with pytest.raises(ValueError):
         batch_priority.priority(score)
@@ -106,11 +108,25 @@ def test_exactly_these_importance_losses():
     assert batch_priority.importance_loss(np.tile(np.eye(8)[3], (5, 1)), 1) == pytest.approx(8)
     assert batch_priority.importance_loss(np.eye(4)) == pytest.approx(0)
     assert batch_priority.importance_loss(np.zeros((3, 4))) == 0
+    assert batch_priority.importance_loss(np.ones((3, 1))) == 0
+    for size in (1e-200, 1e200):
+        assert batch_priority.importance_loss(size * np.eye(4)[:2]) == pytest.approx(1)
+
+
+@IMPORTANCE
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_narrow_gates_are_added_in_double_precision(dtype):
+    p = (3e4 * np.random.default_rng(0).dirichlet(np.full(8, 50.0), 500)).astype(dtype)
+    found, wanted = batch_priority.importance_loss(p), batch_priority.importance_loss(p.astype(np.float64))
+    assert isinstance(found, float)
+    np.testing.assert_allclose(found, wanted, **tolerance(np.float64))
 
 
 @IMPORTANCE
 @pytest.mark.parametrize(("p", "correction"), [(np.ones(4), 0), (np.ones((0, 4)), 0), (np.ones((4, 1)), 1),
-                                               (np.array([[0.5, np.nan]]), 0)])  # fmt: skip
+                                               (np.ones((2, 3, 4)), 0), (np.ones((4, 0)), 0),
+                                               (np.array([[0.5, np.nan]]), 0),
+                                               (np.array([[0.5, np.inf]]), 0)])  # fmt: skip
 def test_importance_of_nothing_is_refused(p, correction):
     with pytest.raises(ValueError):
         batch_priority.importance_loss(p, correction)
@@ -150,12 +166,28 @@ def test_exactly_these_load_losses():
     assert batch_priority.load_loss(low, low, 2, 0.1) == pytest.approx(squared_variation([1, 0.5, 0.5, 0.5], 0))
     assert batch_priority.load_loss(low, low + 1e3, 1, 0.1) == 0
     assert batch_priority.load_loss(low, low - 1e3, 1, 0.1) == pytest.approx(0)
+    assert batch_priority.load_loss(low, low + 3, 1, 0.1) == pytest.approx(3)  # a load of 1e-198, whose square is 0
+    assert batch_priority.load_loss(low[:, :1], low[:, :1], 1, 0.1) == 0
+
+
+@LOAD
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_narrow_logits_are_compared_in_double_precision(dtype):
+    rng = np.random.default_rng(0)
+    logits, noisy = rng.normal(size=(2, 300, 5)).astype(dtype)
+    found = batch_priority.load_loss(logits, noisy, 2, 0.5)
+    wanted = batch_priority.load_loss(logits.astype(np.float64), noisy.astype(np.float64), 2, 0.5)
+    assert isinstance(found, float)
+    np.testing.assert_allclose(found, wanted, **tolerance(np.float64))
 
 
 @LOAD
 @pytest.mark.parametrize("changed", [
     {"noisy": np.zeros((3, 3))}, {"k": 0}, {"k": 5}, {"std": 0.0}, {"std": math.inf}, {"std": math.nan},
-    {"logits": np.full((3, 4), np.nan)}, {"noisy": np.full((3, 4), np.inf)},
+    {"logits": np.full((3, 4), np.nan)}, {"noisy": np.full((3, 4), np.inf)}, {"std": -1.0},
+    {"noisy": np.zeros((3, 5))}, {"noisy": np.zeros((1, 4))}, {"logits": np.zeros(4), "noisy": np.zeros(4)},
+    {"logits": np.zeros((3, 0)), "noisy": np.zeros((3, 0)), "k": 0},
+    {"logits": np.zeros((2, 3, 4)), "noisy": np.zeros((2, 3, 4))},
     {"logits": np.zeros((0, 4)), "noisy": np.zeros((0, 4))},
     {"logits": np.zeros((3, 1)), "noisy": np.zeros((3, 1)), "k": 1, "correction": 1},
 ])  # fmt: skip

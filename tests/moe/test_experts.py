@@ -60,6 +60,8 @@ def test_exactly_this_order():
     assert order.tolist() == [1, 2, 0, 4, 3, 5] and offsets.tolist() == [0, 2, 2, 4, 4]
     order, offsets = experts.permute(np.zeros((0, 2), int), np.zeros((0, 2), bool), 3)
     assert order.tolist() == [] and offsets.tolist() == [0, 0, 0, 0]
+    order, offsets = experts.permute(expert.astype(np.int8), kept, 300)  # more than int8 can number
+    assert order.tolist() == [1, 2, 0, 4, 3, 5] and offsets.tolist() == [0, 2, 2, *[4] * 298]
 
 
 UNSORTABLE = {
@@ -68,6 +70,9 @@ UNSORTABLE = {
     "negative": ([[-1]], [[True]], 4, "range"),
     "other shape": ([[0, 1]], [[True]], 4, "shapes"),
     "one axis": ([0, 1], [True, True], 4, "shapes"),
+    "three axes": ([[[0, 1]]], [[[True, True]]], 4, "shapes"),
+    "kept of one choice": ([[0, 1]], [[True]], 4, "shapes"),
+    "negative and dropped": ([[0, -1]], [[True, False]], 4, "range"),
     "no experts": (np.zeros((0, 1), int), np.zeros((0, 1), bool), 0, "at least 1"),
 }
 
@@ -95,7 +100,10 @@ def test_each_row_meets_the_matrix_of_its_run(rows, count, out, width, dtype, op
     source = np.where(nobodys, rows, rng.integers(0, max(rows // 2, 1), rows)) if options[0] else None
     target = rng.permutation(rows) if options[1] else None
     scale = rng.normal(size=rows).astype(dtype) if options[2] else None
-    x = np.append(x, np.full((1, width), np.nan, dtype), axis=0) if options[0] else x
+    if options[0]:
+        x = np.append(x, np.full((1, width), np.nan, dtype), axis=0)
+    else:
+        x[nobodys] = np.nan
     given_ = [None if part is None else part.copy() for part in (x, weight, offsets, source, target, scale)]
     y = experts.grouped_matmul(x, weight, offsets, source, target, scale)
     wanted = np.zeros((rows, out))
@@ -117,8 +125,11 @@ def test_exactly_this_product():
     offsets, source, target = np.array([0, 2, 2, 3]), np.array([1, 0, 1, 0]), np.array([2, 0, 3, 1])
     y = experts.grouped_matmul(x, weight, offsets, source, target, np.array([2.0, np.nan, 3.0, 5.0]))
     np.testing.assert_array_equal(y, [[2.0], [0.0], [9.0], [200.0]])
-    mixed = experts.grouped_matmul(x.astype(np.float32), weight, offsets[[0, 0, 0, 1]])
-    assert mixed.dtype == np.float64 and mixed.tolist() == [[20.0], [40.0]]
+    narrow = x.astype(np.float32), weight.astype(np.float32)
+    for one, other, dtype in ((*narrow, np.float32), (narrow[0], weight, np.float64), (x, narrow[1], np.float64)):
+        mixed = experts.grouped_matmul(one, other, offsets[[0, 0, 0, 1]], scale=np.array([1.0, 0.5]))
+        assert mixed.dtype == dtype and mixed.tolist() == [[20.0], [20.0]]
+    assert experts.grouped_matmul(x[:0], weight, np.zeros(4, int)).shape == (0, 1)
 
 
 BAD = {
@@ -130,6 +141,7 @@ BAD = {
     "more rows than there are": ({"offsets": np.array([0, 2, 4])}, "at most 3"),
     "no such source": ({"source": np.array([0, 1, 3])}, "source must be"),
     "negative source": ({"source": np.array([0, 1, -1])}, "source must be"),
+    "negative target": ({"target": np.array([0, 1, -1])}, "target must list"),
     "target twice": ({"target": np.array([0, 1, 1])}, "target must list"),
     "short target": ({"target": np.array([0, 1])}, "target must list"),
     "short scale": ({"scale": np.zeros(2)}, "scale must have"),
@@ -169,7 +181,7 @@ def test_refusals_say_what_is_wrong():
 @given(ROWS, st.integers(1, 4), WIDTHS, DTYPES, SEEDS)
 def test_a_token_gets_the_weighed_sum_of_its_rows(tokens, k, out, dtype, seed):
     rng = np.random.default_rng(seed)
-    order, weight = rng.permutation(tokens * k), rng.random((tokens, k)) * (rng.random((tokens, k)) < 0.7)
+    order, weight = rng.permutation(tokens * k), rng.normal(size=(tokens, k)) * (rng.random((tokens, k)) < 0.7)
     y = rng.normal(size=(tokens * k, out)).astype(dtype)
     y[weight.ravel()[order] == 0] = np.nan  # dropped, and perhaps never computed
     before = y.copy(), order.copy(), weight.copy()
@@ -189,6 +201,7 @@ def test_terms_are_added_best_first():
     y, order = np.array([[1e8], [-1e8], [1.0]], np.float32), np.array([0, 2, 1])
     assert experts.combine(y, order, np.ones((1, 3))).tolist() == [[0.0]]
     assert experts.combine(y, order, np.array([[1.0, 3.0, 0.0]])).tolist() == [[np.float32(1e8) + 3]]
+    assert experts.combine(y[:0], order[:0], np.ones((0, 3))).shape == (0, 1)
 
 
 @COMBINE

@@ -45,8 +45,23 @@ def test_a_token_is_its_experts_answer_and_the_fixed_layers_by_their_coefficient
     np.testing.assert_allclose(found, by_loop(**given_), **tolerance(np.float64, given_["x"].shape[1], 10))
     for name, part in before.items():
         np.testing.assert_array_equal(given_[name], part)
+    assert found.dtype == np.float64 and found.shape == given_["x"].shape
+
+
+def narrowed(given_: Arguments) -> list[tuple[type, Arguments]]:
+    """The arguments in float32, and with each of them alone in float64: what dtype they have together."""
     narrow = {name: part if name == "source" else part.astype(np.float32) for name, part in given_.items()}
-    assert residual.mix(**narrow).dtype == np.float32 and found.dtype == np.float64
+    wider = [narrow | {name: given_[name]} for name in narrow if name != "source"]
+    return [(np.float32, narrow), *((np.float64, one) for one in wider)]
+
+
+@MIX
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_the_widest_dtype_is_kept(kept):
+    for dtype, made in narrowed(drawn(3, 2, 0, kept)):
+        found = residual.mix(**made)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, by_loop(**made), **tolerance(np.float32, 2, 10))
 
 
 @MIX
@@ -78,6 +93,9 @@ BAD = [
     {"rows": np.ones((4, 2))}, {"gate": np.ones((4, 1))}, {"mlp": np.ones((1, 3))}, {"source": np.array([0, 1, 2])},
     {"source": np.array([0, 1, 2, 4])}, {"source": np.array([0, 1, 2, -2])}, {"source": np.array([0, 1, 1, -1])},
     {"mlp": np.full((4, 3), np.inf)}, {"x": np.full((4, 3), np.nan)}, {"gate": np.full(4, np.nan)},
+    {"weight": np.full((2, 3), np.inf)}, {"bias": np.array([0, -np.inf])}, {"gate": np.array([1, np.inf, 1, 1])},
+    {"rows": np.insert(np.ones((3, 3)), 1, np.nan, axis=0)}, {"mlp": np.ones(3)}, {"mlp": np.ones((4, 1))},
+    {"weight": np.ones((1, 3))}, {"bias": np.ones(1)}, {"gate": np.ones(1)}, {"rows": np.ones(3)},
 ]  # fmt: skip
 
 
@@ -123,12 +141,22 @@ def by_autograd(dy: np.ndarray, **given_: np.ndarray) -> list[np.ndarray]:
 @BACKWARD
 @given(ARGUMENTS, SEEDS)
 def test_gradients_are_those_of_autograd(given_, seed):
-    dy, before = np.random.default_rng(seed).normal(size=given_["x"].shape), given_["source"].copy()
+    dy = np.random.default_rng(seed).normal(size=given_["x"].shape)
+    before = {name: part.copy() for name, part in {"dy": dy, **given_}.items()}
     found = residual.mix_backward(dy, **given_)
     for name, mine, wanted in zip(residual.Gradients._fields, found, by_autograd(dy, **given_), strict=True):
         np.testing.assert_allclose(mine, wanted, **tolerance(np.float64, dy.size, 20), err_msg=name)
         assert mine.shape == given_[name].shape
-    np.testing.assert_array_equal(given_["source"], before)
+    for name, part in {"dy": dy, **given_}.items():
+        np.testing.assert_array_equal(part, before[name])
+
+
+@BACKWARD
+def test_gradients_have_the_widest_dtype():
+    for dtype, made in narrowed(drawn(3, 2, 0)):
+        for dy in np.ones((3, 2), np.float32), np.ones((3, 2)):
+            wide = np.result_type(dtype, dy)
+            assert [part.dtype for part in residual.mix_backward(dy, **made)] == [wide] * 6
 
 
 @BACKWARD
@@ -137,10 +165,13 @@ def test_only_coefficients_and_the_fixed_layer_learn_from_a_dropped_token():
     found = residual.mix_backward(np.ones((5, 3)), **made)
     assert not found.rows.any() and not found.gate.any()
     assert found.mlp.all() and found.weight.all() and found.x.all() and found.bias.sum() == 0
+    alone = residual.mix_backward(np.ones((5, 3)), **(made | {"rows": np.zeros((0, 3))}))
+    assert alone.rows.shape == (0, 3) and (alone.x == found.x).all() and not alone.gate.any()
 
 
 @BACKWARD
-@pytest.mark.parametrize("changed", [*BAD[3:5], BAD[9], {"dy": np.ones((3, 4))}, {"dy": np.full((4, 3), np.nan)}])
+@pytest.mark.parametrize("changed", [*BAD[3:5], BAD[9], {"dy": np.ones((3, 4))}, {"dy": np.ones((1, 3))},
+                                     {"dy": np.ones(3)}, {"dy": np.full((4, 3), np.nan)}])  # fmt: skip
 def test_a_gradient_of_what_does_not_fit_is_refused(changed):
     with pytest.raises(ValueError):
         residual.mix_backward(**({"dy": np.ones((4, 3))} | sound() | changed))

@@ -49,6 +49,7 @@ def step_with(place: int, array: np.ndarray) -> tuple:
 
 ONES, ALL, RATES = np.ones((2, 3)), np.ones((2, 3), dtype=bool), np.array([3.0, 2.0, 1.0])
 FINE = step_with(0, ONES)
+HALF = ALL & [[True], [False]]
 NAN, INFINITE = np.full((2, 3), np.nan), np.full((2, 3), np.inf)
 
 # {function: {a pattern of words in the book's error: its type, the arguments, the keyword arguments}}
@@ -66,6 +67,7 @@ REFUSED: dict[str, dict[str, tuple[type[Exception], tuple, dict]]] = {
         "replayed must be from 1 to the 3 steps of the first run, got 0": (ValueError, ("weight", RATES, 0), {}),
         "replayed must be .* got 4": (ValueError, ("fine-tuning", RATES, 4), {}),
         "replayed must be .* got -1": (ValueError, ("lr", RATES, -1), {}),
+        "replayed must be from 1 to the 3 steps .* got 4": (ValueError, ("lottery", RATES, 4), {}),
         r"rates must be \[T\].*\(0,\)": (ValueError, ("lottery", RATES[:0], 1), {}),
         r"rates must be \[T\].*\(1, 3\)": (ValueError, ("lr", RATES[None], 1), {}),
         "finite.*nan": (ValueError, ("lr", RATES * np.nan, 1), {}),
@@ -73,6 +75,7 @@ REFUSED: dict[str, dict[str, tuple[type[Exception], tuple, dict]]] = {
         "positive.*inf": (ValueError, ("weight", RATES * np.inf, 1), {}),
         "positive.*0": (ValueError, ("weight", RATES - 1, 1), {}),
         "constant must be positive and finite, got 0": (ValueError, ("fine-tuning", RATES, 1, 0.0), {}),
+        "constant must be positive and finite, got -1": (ValueError, ("fine-tuning", RATES, 1, -1.0), {}),
         "constant must be positive and finite, got nan": (ValueError, ("fine-tuning", RATES, 1, np.nan), {}),
         "constant must be positive and finite, got inf": (ValueError, ("fine-tuning", RATES, 1, np.inf), {}),
     },
@@ -83,9 +86,11 @@ REFUSED: dict[str, dict[str, tuple[type[Exception], tuple, dict]]] = {
         "masks must be bool, got float64": (TypeError, ([ONES], [ONES], 1), {}),
         "kept must be from 1 to the 6 weights that are left, got 0": (ValueError, ([ONES], [ALL], 0), {}),
         "1 to the 6 .*got 7": (ValueError, ([ONES], [ALL], 7), {}),
-        "1 to the 3 .*got 4": (ValueError, ([ONES], [ALL & [[True], [False]]], 4), {}),
+        "1 to the 3 .*got 4": (ValueError, ([ONES], [HALF], 4), {}),
         "holds NaN": (ValueError, ([ONES, NAN], [ALL, ALL], 2), {}),
         "or infinity": (ValueError, ([INFINITE], [ALL], 2), {}),
+        "weight must be finite.*NaN": (ValueError, ([np.where(HALF, 1, np.nan)], [HALF], 2), {}),
+        r"weight .*\(0, 3\)": (ValueError, ([ONES, ONES[:0]], [ALL, ALL[:0]], 2), {}),
     },
     "masked_adamw": {
         r"one shape, got .*\(3, 2\)": (ValueError, step_with(1, ONES.T), {}),
@@ -103,5 +108,12 @@ REFUSED: dict[str, dict[str, tuple[type[Exception], tuple, dict]]] = {
         "eps=0.0": (ValueError, FINE, {"eps": 0.0}),
         "weight_decay=-1.0": (ValueError, FINE, {"weight_decay": -1.0}),
         "weight_decay=inf": (ValueError, FINE, {"weight_decay": np.inf}),
+        "weight_decay=nan": (ValueError, FINE, {"weight_decay": np.nan}),
+        "rate=inf": (ValueError, (*FINE[:5], 1, np.inf), {}),
+        "eps=inf": (ValueError, FINE, {"eps": np.inf}),
+        "eps=nan": (ValueError, FINE, {"eps": np.nan}),
+        "eps=-1e-08": (ValueError, FINE, {"eps": -1e-8}),
+        r"betas=\(0.9, 1.0\)": (ValueError, FINE, {"betas": (0.9, 1.0)}),
+        r"betas=\(nan, 0.9\)": (ValueError, FINE, {"betas": (np.nan, 0.9)}),
     },
 }

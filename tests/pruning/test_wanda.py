@@ -55,14 +55,17 @@ def norms_by_loop(samples: list[np.ndarray]) -> list[float]:
 def test_norms_are_sums_over_tokens_and_means_over_samples(kind, channels, lengths, seed, half):
     samples = [contents(kind, (length, channels), seed + i) for i, length in enumerate(lengths)]
     given_ = [sample.astype(np.float16) if half else sample for sample in samples]
+    before = [sample.copy() for sample in given_]
     np.testing.assert_allclose(wanda.input_norms(given_), norms_by_loop(samples), **tolerance(np.float64))
+    assert [sample.tobytes() for sample in given_] == [sample.tobytes() for sample in before]
 
 
 @NORMS
 @given(SEEDS, st.permutations([1, 2, 3]))
 def test_how_samples_are_put_into_batches_changes_nothing(seed, sizes):
     x = np.random.default_rng(seed).normal(size=(6, 4, 3)).astype(np.float32)
-    batches = (batch for batch in np.split(x, np.cumsum(sizes)[:-1]))  # a generator: read once
+    split = np.split(x, np.cumsum(sizes)[:-1])
+    batches = (batch if len(batch) > 1 else batch[0] for batch in split)  # a generator: read once
     np.testing.assert_allclose(wanda.input_norms(batches), norms_by_loop(list(x)), **tolerance(np.float64))
 
 
@@ -73,13 +76,13 @@ def test_norms_are_float64_and_large_halves_do_not_overflow():
 
 
 @SCORES
-@given(KINDS, SIZES, SIZES, SEEDS, st.sampled_from([np.float16, np.float32, np.float64]))
-def test_a_score_is_a_weights_size_times_its_inputs_norm(kind, rows, columns, seed, dtype):
+@given(KINDS, SIZES, SIZES, SEEDS, *[st.sampled_from([np.float16, np.float32, np.float64])] * 2)
+def test_a_score_is_a_weights_size_times_its_inputs_norm(kind, rows, columns, seed, dtype, other):
     weight = contents(kind, (rows, columns), seed).astype(dtype)
-    norms = np.random.default_rng(seed).exponential(size=columns).astype(np.float32)
+    norms = np.random.default_rng(seed).exponential(size=columns).astype(other)
     mine = weight.copy(), norms.copy()
     found = wanda.scores(*mine)
-    wide = np.float64 if dtype is np.float64 else np.float32
+    wide = np.float64 if np.float64 in (dtype, other) else np.float32
     expected = [[wide(abs(wide(w))) * wide(norm) for w, norm in zip(row, norms, strict=True)] for row in weight]
     assert found.dtype == wide
     np.testing.assert_array_equal(found, np.array(expected, wide))
@@ -89,7 +92,9 @@ def test_a_score_is_a_weights_size_times_its_inputs_norm(kind, rows, columns, se
 @SCORES
 def test_the_least_int8_counts_and_an_input_that_is_never_there_does_not():
     weight = np.array([[-128, 127, 9]], np.int8)
-    assert wanda.scores(weight, np.array([1.0, 1.0, 0.0])).tolist() == [[128, 127, 0]]
+    for dtype in (np.float32, np.float64):
+        found = wanda.scores(weight, np.array([1.0, 1.0, 0.0], dtype))
+        assert found.dtype == dtype and found.tolist() == [[128, 127, 0]]
 
 
 @given(KINDS, SIZES, SIZES, SEEDS, st.floats(0, 0.999))
@@ -191,6 +196,12 @@ def test_rows_of_zeros_lose_all_and_a_row_of_one_weight_loses_none():
     assert wanda.variant_mask(np.array([[3.0]]), 0.5).tolist() == [[True]]
 
 
+@VARIANT
+def test_a_share_that_is_0_001_away_is_near_enough():
+    """At 0.4 none goes; a search that went on would end where one does."""
+    assert wanda.variant_mask(np.array([[0.43, 0.57]]), 0.001).all()
+
+
 # --- the order of pruning ---------------------------------------------------------------------------------------------
 
 
@@ -261,6 +272,14 @@ def test_what_is_not_finite_is_refused_before_its_block_is_changed(model):
             assert torch.equal(model.get_submodule(name).weight, weight)
 
 
+@MODEL
+def test_text_that_reaches_a_layer_as_nan_or_infinity_is_refused(model):
+    for value in (NAN, float("inf")):
+        model.embedding.weight.data[TOKENS[3, 2]] = value
+        with pytest.raises(ValueError):
+            wanda.prune_model(model, TOKENS, lambda weight, norms: torch.ones(weight.shape, dtype=torch.bool))
+
+
 # --- bad input: its type is graded, its words are not ----------------------------------------------------------------
 
 REFUSED: dict[str, dict[str, tuple]] = {
@@ -268,13 +287,18 @@ REFUSED: dict[str, dict[str, tuple]] = {
         "at least one token, got 0": ([],),
         "got 0 tokens": ([np.ones((2, 0, 3))],),
         "finite": ([ONES, np.array([[1.0, NAN, 2.0]])],),
+        "batches must hold finite": ([np.array([[1.0, -np.inf, 2.0]]), ONES],),
     },
     "scores": {
         r"got \(2, 3\) and \(2,\)": (ONES, np.ones(2)),
+        r"and \(1,\)": (ONES, np.ones(1)),
+        r"and \(1, 3\)": (ONES, np.ones((1, 3))),
         r"got \(3,\)": (ONES[0], np.ones(3)),
+        r"got \(2, 2, 3\)": (np.ones((2, 2, 3)), np.ones((2, 3))),
         "not empty": (np.ones((0, 3)), np.ones(3)),
         "weight must be finite": (ONES * NAN, np.ones(3)),
         "norms must be finite": (ONES, np.array([1.0, NAN, 1.0])),
+        "norms must be": (ONES, np.array([1.0, np.inf, 1.0])),
         "not negative": (ONES, np.array([1.0, -1.0, 1.0])),
         "exceeds what float32": (np.full((1, 1), 1e38, np.float32), np.full(1, 100, np.float32)),
     },

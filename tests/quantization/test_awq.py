@@ -13,6 +13,16 @@ from chapters.quantization import awq as chapter
 from chapters.quantization.awq import channel_scales, fold, quantize, search_clip, search_scales
 from minitfm.model import RMSNorm
 from tests.conftest import golden, oracle, tolerance
+from tests.quantization.awq_by_hand import (
+    clip_errors,
+    frozen,
+    group_by_hand,
+    losses_by_hand,
+    norm,
+    rounded_by_hand,
+    scales_by_hand,
+    size_of_groups,
+)
 from tests.quantization.problems import layers
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -25,42 +35,6 @@ def others_from_the_book(request, monkeypatch):
     book = oracle("quantization.awq")
     for name in {"quantize", "channel_scales", "search_scales", "search_clip", "fold"} - {request.cls.function}:
         monkeypatch.setattr(chapter, name, getattr(book, name))
-
-
-def frozen(*arrays: np.ndarray) -> list[np.ndarray]:
-    """Copies that cannot be written to."""
-    copies = [np.array(array, dtype=float) for array in arrays]
-    for copy in copies:
-        copy.flags.writeable = False
-    return copies
-
-
-def group_by_hand(group: np.ndarray, bits: int) -> tuple[list[int], float, int]:
-    """Codes, scale and zero of one group of one row, by the words of the definition."""
-    top, low, high = 2**bits - 1, float(group.min()), float(group.max())
-    scale = max(high - low, 1e-5) / top
-    zero = min(max(-round(low / scale), 0), top)
-    return [min(max(round(float(w) / scale) + zero, 0), top) for w in group], scale, zero
-
-
-def rounded_by_hand(weight: np.ndarray, bits: int, size: int) -> np.ndarray:
-    """Every weight on its grid, dequantized."""
-    out = np.empty(weight.shape)
-    for row, start in np.ndindex(len(weight), weight.shape[1] // size):
-        columns = slice(start * size, (start + 1) * size)
-        codes, scale, zero = group_by_hand(weight[row, columns], bits)
-        out[row, columns] = [scale * (code - zero) for code in codes]
-    return out
-
-
-def scales_by_hand(magnitude: np.ndarray, ratio: float) -> list[float]:
-    """The scale of each channel, one at a time."""
-    powers = [max(float(m) ** ratio, 1e-4) for m in magnitude]
-    return [power / (max(powers) * min(powers)) ** 0.5 for power in powers]
-
-
-def size_of_groups(columns: int, parts: int | None) -> int | None:
-    return columns // parts if parts and columns % parts == 0 else None
 
 
 @pytest.mark.exercise("chapters.quantization.awq.quantize", points=2)
@@ -101,6 +75,30 @@ class TestQuantize:
         np.testing.assert_array_equal(found.scale, [[1.0]])
         np.testing.assert_array_equal(found.dequantize(), [[1.0, 2.0, 3.0]])
 
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32])
+    def test_computes_in_single_precision_at_least(self, dtype):
+        weight = np.random.default_rng(0).standard_normal((50, 64)).astype(dtype)
+        weight[:25, ::2] = -weight[:25, 1::2]  # ranges from −c to c
+        found, wide = quantize(weight, 3, 16), weight.astype(np.float32).reshape(50, 4, 16)
+        scale = np.ptp(wide, axis=-1) / np.float32(7)
+        zero = (-np.rint(wide.min(axis=-1) / scale)).clip(0, 7)
+        codes = (np.rint(wide / scale[..., None]) + zero[..., None]).clip(0, 7)
+        np.testing.assert_array_equal(found.scale, scale)
+        np.testing.assert_array_equal(found.zero, zero)
+        np.testing.assert_array_equal(found.codes, codes.reshape(50, 64))
+
+    @pytest.mark.parametrize(
+        ("weight", "bits", "size"),
+        [
+            (np.ones((2, 4)), 0, None), (np.ones((2, 4)), 9, None), (np.ones((2, 4)), 4, 3), (np.ones(4), 4, None),
+            (np.array([[1, np.nan]]), 4, None), (np.array([[-3e38, 3e38]], np.float32), 4, None),
+        ],
+    )  # fmt: skip
+    @pytest.mark.filterwarnings("ignore:overflow")
+    def test_refuses_what_has_no_grid(self, weight, bits, size):
+        with pytest.raises(ValueError):
+            quantize(weight, bits, size)
+
     @pytest.mark.parametrize("value", [0.5, -0.5, 0.0])
     def test_a_group_of_equal_weights_takes_the_least_range(self, value):
         found = quantize(np.full((1, 4), value), 4)
@@ -139,16 +137,6 @@ class TestChannelScales:
     def test_refuses_what_is_no_magnitude(self, bad):
         with pytest.raises(ValueError):
             channel_scales(np.array([1.0, bad, 2.0]), 0.5)
-
-
-def losses_by_hand(weight: np.ndarray, x: np.ndarray, bits: int, size: int) -> list[float]:
-    """Mean squared error of the outputs x Wᵀ of one layer for each of the twenty ratios."""
-    losses = []
-    for i in range(20):
-        scales = np.array(scales_by_hand(np.abs(x).mean(axis=0), i / 20))
-        rounded = rounded_by_hand(weight * scales, bits, size) / scales
-        losses.append(np.mean((x @ rounded.T - x @ weight.T) ** 2))
-    return losses
 
 
 @pytest.mark.exercise("chapters.quantization.awq.search_scales", points=3)
@@ -207,25 +195,23 @@ class TestSearchScales:
         assert found.ratio == 0 and len(found.losses) == 20
         np.testing.assert_array_equal(found.scales, [1, 1])
 
-    @pytest.mark.parametrize("x", [np.full((2, 3), np.nan), np.zeros((0, 3)), np.ones((2, 4))])
-    def test_refuses_inputs_that_are_broken_missing_or_too_wide(self, x):
+    def test_averages_half_precision_inputs_in_double(self):
+        x = np.random.default_rng(0).uniform(100, 2000, (3, 40, 4)).astype(np.float16)
+        weight, wide = np.random.default_rng(1).standard_normal((5, 4)), x.astype(float).reshape(-1, 4)
+        found = search_scales([weight], x, lambda weights: wide @ weights[0].T, 3)
+        np.testing.assert_allclose(found.losses, losses_by_hand(weight, wide, 3, 4), rtol=1e-9)
+
+    @pytest.mark.parametrize("x", [np.full((2, 3), np.nan), np.zeros((0, 3)), np.ones((2, 4)), np.ones((2, 1))])
+    def test_refuses_inputs_that_are_broken_missing_or_do_not_fit(self, x):
+        for weights in ([np.ones((2, 3))], [np.ones((2, x.shape[1])), np.ones((2, 3))]):
+            with pytest.raises(ValueError):
+                search_scales(weights, x, lambda weights: np.zeros(1), 4)
+
+    @pytest.mark.parametrize("broken", [0, 1, 20])
+    def test_refuses_outputs_that_are_not_finite(self, broken):
+        made = iter([*np.where(np.arange(21) == broken, np.nan, 1.0)])
         with pytest.raises(ValueError):
-            search_scales([np.ones((2, 3))], x, lambda weights: np.zeros(1), 4)
-
-    def test_refuses_outputs_that_are_not_finite(self):
-        with pytest.raises(ValueError):
-            search_scales([np.eye(3)], np.ones((2, 3)), lambda weights: np.array([np.nan]), 4)
-
-
-def clip_errors(weight: np.ndarray, x: np.ndarray, bits: int) -> list[float]:
-    """For one row of one group, the mean squared error of its output for each of the ten limits."""
-    errors, largest = [], max(abs(float(w)) for w in weight)
-    for i in range(10):
-        limit = largest * (1 - i / 20)
-        codes, scale, zero = group_by_hand(weight.clip(-limit, limit), bits)
-        moved = [scale * (code - zero) - w for code, w in zip(codes, weight, strict=True)]
-        errors.append(float(np.mean([np.dot(moved, token) ** 2 for token in x])))
-    return errors
+            search_scales([np.eye(3)], np.ones((2, 3)), lambda weights: np.array([next(made)]), 4)
 
 
 @pytest.mark.exercise("chapters.quantization.awq.search_clip", points=3)
@@ -281,26 +267,23 @@ class TestSearchClip:
         found, alone = search_clip(weight, x, 3, 32, samples), search_clip(weight, x[::step], 3, 32, 7)
         np.testing.assert_array_equal(found, alone)
 
+    @pytest.mark.parametrize(("tokens", "step"), [(1023, 1), (1024, 2)])
+    def test_takes_at_least_512_tokens_unless_told(self, tokens, step):
+        rng = np.random.default_rng(2)
+        weight, x = rng.standard_normal((20, 16)), rng.standard_normal((tokens, 16))
+        x[1::2] *= np.exp(rng.uniform(-3, 3, 16))  # every other token tells another story
+        np.testing.assert_array_equal(search_clip(weight, x, 3), search_clip(weight, x[::step], 3, None, tokens))
+
     @pytest.mark.parametrize(
         ("x", "samples"),
-        [(np.zeros((0, 4)), 9), (np.ones((3, 5)), 9), (np.full((3, 4), np.inf), 9), (np.ones((3, 4)), 0)],
-    )
+        [
+            (np.zeros((0, 4)), 9), (np.ones((3, 5)), 9), (np.full((3, 4), np.inf), 9), (np.ones((3, 4)), 0),
+            (np.ones((1, 3, 4)), 9), (np.ones(4), 9),
+        ],
+    )  # fmt: skip
     def test_refuses_tokens_that_are_missing_broken_or_do_not_fit(self, x, samples):
         with pytest.raises(ValueError):
             search_clip(np.eye(4), x, 4, samples=samples)
-
-
-def norm(kind: str, channels: int) -> nn.Module:
-    """What makes the inputs, with gains, rows and biases that differ, in float64."""
-    made = {
-        "rms": lambda: RMSNorm(channels, 1e-5),
-        "layer": lambda: nn.LayerNorm(channels),
-        "linear": lambda: nn.Linear(3, channels, bias=False),
-        "linear with bias": lambda: nn.Linear(3, channels),
-    }[kind]().double()
-    for parameter in made.parameters():
-        nn.init.normal_(parameter)
-    return made
 
 
 @pytest.mark.exercise("chapters.quantization.awq.fold", points=2)
@@ -334,7 +317,7 @@ class TestFold:
     @pytest.mark.parametrize(
         "scales",
         [torch.ones(3), torch.ones(1), torch.ones(4, 1), torch.tensor([1.0, 0, 1, 1]), -torch.ones(4),
-         torch.tensor([1.0, 2.0, float("inf"), 1.0])],
+         torch.tensor([1.0, 2.0, float("inf"), 1.0]), torch.tensor([1.0, 2.0, 1.0, float("nan")])],
     )  # fmt: skip
     def test_refuses_before_it_changes_anything(self, scales):
         previous, reader = RMSNorm(4, 1e-5), nn.Linear(4, 2)
@@ -343,8 +326,20 @@ class TestFold:
             fold(previous, [reader], scales)
         assert torch.equal(previous.weight, torch.ones(4)) and torch.equal(reader.weight, before)
 
+    def test_rounds_the_scales_to_the_dtype_of_each_weight(self):
+        previous, reader = norm("layer", 64).float(), nn.Linear(64, 3)
+        before = [part.detach().clone() for part in (*previous.parameters(), reader.weight)]
+        scales = torch.linspace(0.1, 9, 64, dtype=torch.float64)
+        fold(previous, [reader], scales)
+        for part, old in zip(previous.parameters(), before, strict=False):
+            assert torch.equal(part, old / scales.float())
+        assert torch.equal(reader.weight, before[-1] * scales.float())
+
     def test_refuses_a_reader_of_something_else(self):
-        previous, readers = RMSNorm(4, 1e-5), [nn.Linear(4, 2), nn.Linear(5, 2)]
-        with pytest.raises(ValueError):
-            fold(previous, readers, 2 * torch.ones(4))
-        assert torch.equal(previous.weight, torch.ones(4))
+        for channels, widths in ((4, (4, 5)), (4, (5, 4)), (5, (4, 4))):
+            previous, readers = RMSNorm(channels, 1e-5), [nn.Linear(width, 2) for width in widths]
+            before = [reader.weight.detach().clone() for reader in readers]
+            with pytest.raises(ValueError):
+                fold(previous, readers, 2 * torch.ones(4))
+            assert torch.equal(previous.weight, torch.ones(channels))
+            assert all(torch.equal(reader.weight, weight) for reader, weight in zip(readers, before, strict=True))

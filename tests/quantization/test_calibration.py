@@ -64,9 +64,10 @@ class TestCounts:
         assert counts.dtype == np.int64 and counts.tolist() == expected and largest == np.abs(x).max()
 
     @pytest.mark.parametrize("width", [0.1, 0.9])
-    def test_divide_in_the_precision_of_x(self, width):
-        x = np.arange(1, 400, dtype=np.float32) * np.float32(width)  # edges of bins, or nearly
-        places = [int(value / np.float32(width)) for value in x]
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    def test_divide_in_the_precision_of_x(self, width, dtype):
+        x = np.arange(1, 400).astype(dtype) * dtype(width)  # edges of bins, or nearly
+        places = [int(value / dtype(width)) for value in x]
         np.testing.assert_array_equal(count_magnitudes(x, width, 500)[0], np.bincount(places, minlength=500))
 
     def test_hold_what_is_far_beyond_the_last_bin_and_leave_x_alone(self):
@@ -182,6 +183,12 @@ class TestSquaredError:
         counts = np.eye(20, dtype=np.int64)[4]  # the center 4.5 is on the grids up to 4.5 and 13.5
         assert [mse_limit(Histogram(counts, 1.0, (5.0,)), 3, start=start) for start in (1, 5)] == [4.5, 13.5]
 
+    @pytest.mark.parametrize("only", [128, 129])
+    def test_tries_every_bin_from_128_on_unless_told(self, only):
+        seen = Histogram(np.eye(200, dtype=np.int64)[only], 1.0, (only + 0.5,))
+        assert mse_limit(seen, 4) == only + 0.5
+        assert mse_limit(seen, 4, True, 128, 1) == only + 0.5
+
     def test_the_first_bin_has_a_center_too(self):
         counts = np.array([9, 0, 0, 0, 0, 0])
         assert mse_limit(Histogram(counts, 1.0, (0.9,)), 4, start=1) == 3.5, "whose levels are 0.5 apart"
@@ -214,6 +221,9 @@ class TestDivergence:
     def test_is_nothing_where_every_bin_is_a_level_and_nothing_is_cut_off(self):
         bins = np.array([3.0, 0, 2, 9])
         assert divergence(bins, 4, 4) == 0 and divergence(bins, 3, 3) > 0
+
+    def test_is_infinite_where_all_lies_beyond(self):
+        assert divergence(np.array([0.0, 0, 3, 1]), 2, 2) == math.inf == divergence(np.array([0.0, 2]), 1, 4)
 
     def test_leaves_the_bins_alone(self):
         bins = np.array([3.0, 1, 2, 9])

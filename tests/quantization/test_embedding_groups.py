@@ -126,10 +126,10 @@ class TestGrids:
         with pytest.raises(ValueError):
             find_grids(-np.ones(4), np.ones(4), np.arange(4), groups, bits)
 
-    @pytest.mark.parametrize(("low", "high"), [(2.0, 1.0), (np.nan, 1.0), (0.0, np.inf), (-np.inf, 0.0)])
+    @pytest.mark.parametrize(("low", "high"), [(2.0, 1.0), (np.nan, 1.0), (0.0, np.inf), (-np.inf, 0.0), (-3e38, 3e38)])
     def test_refuse_a_range_upside_down_or_without_end(self, low, high):
         with pytest.raises(ValueError):
-            find_grids(np.array([0.0, low]), np.array([1.0, high]), np.arange(2), 1)
+            find_grids(np.array([0, low], np.float32), np.array([1, high], np.float32), np.arange(2), 1)
 
 
 @pytest.mark.exercise("chapters.quantization.embedding_groups.quantize_groups", points=2)
@@ -160,6 +160,7 @@ class TestCodes:
     def test_are_computed_in_the_precision_of_the_arguments(self):
         x, grid = np.array([[0.7]], np.float32), (np.array([0.2], np.float32), np.zeros(1, np.float32))
         assert quantize_groups(x, np.arange(1), *grid) == 4, "float32 finds 3.5, float64 a little less"
+        assert quantize_groups(x, np.arange(1), np.array([0.2]), np.zeros(1)) == 3, "the wider precision of the two"
         assert quantize_groups(np.array([[0.5 + 1e-12]]), np.arange(1), np.ones(1), np.zeros(1)) == 1
 
     def test_clip_what_is_far_outside_and_leave_x_alone(self):
@@ -192,6 +193,7 @@ class TestCodes:
             ([1.0, 0], [0.0, 0], 8),
             ([1.0, -1], [0.0, 0], 8),
             ([1.0, np.inf], [0.0, 0], 8),
+            ([1.0, np.nan], [0.0, 0], 8),
         ],
     )
     def test_refuse_what_is_no_grid(self, scale, zero, bits):

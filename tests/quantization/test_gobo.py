@@ -53,8 +53,9 @@ class TestOutliers:
     )  # fmt: skip
     def test_are_the_weights_of_little_density(self, seed, shape, scale, threshold):
         weight = bell(seed, *shape, scale=scale)
+        before = weight.copy()
         found = outlier_mask(weight, threshold)
-        assert found.dtype == bool and found.shape == shape
+        assert found.dtype == bool and found.shape == shape and (weight == before).all()
         if weight.size > 1:
             density = log_density(weight)
             clear = np.abs(density - threshold) > 1e-6
@@ -80,9 +81,11 @@ class TestOutliers:
         assert 0 < few.sum() < many.sum() < 100 and (few <= many).all()
         assert outlier_mask(1000 * weight).all()
 
-    @pytest.mark.parametrize("value", [0.0, 0.1, -3e8, 7])
+    @pytest.mark.parametrize("value", [0.0, 0.1, -3e8, 7, 7.7])
     def test_are_none_among_equal_weights(self, value):
-        assert not outlier_mask(np.full((5, 7), value)).any()
+        for threshold in (-4.0, 1e3):  # 1e3 makes an outlier of everything else
+            assert not outlier_mask(np.full((25, 40), value), threshold).any()
+        assert outlier_mask(np.array([value, value + 1]), 1e3).all()
 
     def test_are_none_without_a_threshold(self):
         assert not outlier_mask(np.array([[0.0] * 99 + [1e9]]), -np.inf).any()
@@ -269,8 +272,9 @@ class TestProduct:
 
     @pytest.mark.parametrize(
         ("which", "shape"),
-        [("x", (1, 65)), ("x", (64,)), ("packed", (2, 2, 2, 4)), ("packed", (1, 3, 2, 4)), ("centroids", (7,)),
-         ("start", (4,)), ("start", (10,)), ("column", (1,)), ("extra", (3,))],
+        [("x", (1, 65)), ("x", (64,)), ("x", (1, 1, 64)), ("packed", (2, 2, 2, 4)), ("packed", (1, 3, 2, 4)),
+         ("centroids", (4,)), ("centroids", (7,)), ("centroids", (9,)), ("start", (4,)), ("start", (7,)),
+         ("start", (10,)), ("column", (1,)), ("extra", (3,))],
     )  # fmt: skip
     def test_refuses_shapes_that_do_not_fit(self, which, shape):
         parts = arguments(**{which: torch.zeros(shape, dtype=arguments()[which].dtype)})

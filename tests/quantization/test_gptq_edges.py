@@ -72,6 +72,11 @@ class TestQuantize:
         codes = quantize(steps + 0.5 + 1e-12 * side, np.ones(20), np.zeros(20), 4)
         np.testing.assert_array_equal(codes, steps + (side > 0))
 
+    @pytest.mark.parametrize(("dtype", "code"), [(np.float32, 4), (np.float64, 3)])
+    def test_decides_in_the_precision_of_its_arguments(self, dtype, code):
+        weight, scale, zero = (np.array([part], np.float32).astype(dtype) for part in (0.7, 0.2, 0))
+        assert quantize(weight, scale, zero, 4) == code, "float32 finds 3.5, float64 a little less"
+
     def test_leaves_its_arguments_alone(self):
         arguments = np.array([[0.3, -2.0, 9.0]]), np.array([[0.5]]), np.array([[3.0]])
         copies = [part.copy() for part in arguments]
@@ -92,6 +97,15 @@ class TestInverseFactor:
         x = np.random.default_rng(1).standard_normal((20, 64))
         with pytest.raises(ValueError):
             inverse_factor(factor * x.T @ x, 0.0)
+
+    @pytest.mark.parametrize("factor", [2.0**-20, 1.0, 2.0**20])
+    def test_what_is_below_a_billionth_of_a_thousandth_is_rounding(self, factor):
+        v = np.array([999999.0, 1411, 89, 34])  # v · v is 10^12 − 1: of the last diagonal element 1 is left, exactly
+        h = factor * np.block([[2.0**40 * np.eye(4), 2.0**20 * v[:, None]], [2.0**20 * v, np.array(1e12)]])
+        assert np.isfinite(inverse_factor(h, 0.0)).all()
+        h[4, 4] -= factor / 4
+        with pytest.raises(ValueError):
+            inverse_factor(h, 0.0)
 
 
 GOOD = {"weight": np.eye(4), "hessian": np.eye(4), "bits": 4}
@@ -130,6 +144,14 @@ class TestGptq:
     def test_a_column_with_the_least_input_is_not_dead(self, least):
         found = gptq(np.array([[3.0, 1.0, 2.0]]), np.diag([least, 1.0, 2.0]), 4)
         assert found.dequantize()[0, 0] == pytest.approx(3)
+
+    def test_blocks_are_of_128_columns_unless_told(self):
+        rng = np.random.default_rng(3)
+        weight, x = rng.standard_normal((3, 192)), rng.standard_normal((300, 192))
+        blocks = {}, {"block_size": 128}, {"block_size": 9}
+        found, told, other = (gptq(weight, x.T @ x, 3, 64, **block).scale for block in blocks)
+        np.testing.assert_array_equal(found, told)
+        assert (found[:, 1:] != other[:, 1:]).all(), "grids tell which errors had come when they were fitted"
 
     @pytest.mark.parametrize(("bits", "size", "groups"), [(2, None, 1), (3, 3, 2), (8, 6, 1)])
     def test_the_result_is_complete(self, bits, size, groups):

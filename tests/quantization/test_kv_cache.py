@@ -36,8 +36,9 @@ class TestQuantize:
     @given(problems())
     def test_rounds_each_group_on_its_own_grid(self, problem):
         x, bits, size, per, rule = problem
+        held = x.copy()
         codes, grid = quantize(*problem)
-        assert codes.dtype == np.uint8 and codes.shape == x.shape and grid.dtype == x.dtype
+        assert codes.dtype == np.uint8 and codes.shape == x.shape and grid.dtype == x.dtype and (x == held).all()
         expected = [quantized_by_hand(part, bits, size, per, rule) for part in x.reshape(-1, *x.shape[-2:])]
         np.testing.assert_array_equal(codes.reshape(-1, *x.shape[-2:]), [part[0] for part in expected])
         np.testing.assert_array_equal(grid.reshape(-1, *grid.shape[-3:]), [part[1] for part in expected])
@@ -58,7 +59,7 @@ class TestQuantize:
     def test_equals_the_code_of_flexgen(self, case, bits, size, precision):
         arrays = golden("quant/flexgen_kv")
         x = arrays["kv"].astype({"f32": np.float32, "f16": np.float16}[precision])
-        codes, grid = quantize(x, bits, size, "token", "flexgen")
+        codes, grid = quantize(x, bits, size)  # per token and by this rule, unless another is asked for
         np.testing.assert_array_equal(codes, arrays[f"{case}/{precision}/codes"].reshape(x.shape))
         np.testing.assert_array_equal(grid[..., 1], arrays[f"{case}/{precision}/min"][..., 0])
         theirs = arrays[f"{case}/{precision}/scale"][..., 0]
@@ -85,12 +86,19 @@ class TestQuantize:
         codes, grid = quantize(np.array([[0, 1e-5]], np.float16), 4, 2, "token", "flexgen")  # 15 / range overflows
         assert not codes.any() and not grid.any()
 
+    @pytest.mark.parametrize(("dtype", "least"), [(np.float16, 2.0**-24), (np.float32, 2.0**-149)])
+    def test_a_step_below_the_normal_numbers_is_rounded_like_any(self, dtype, least):
+        x = np.array([[0, 7], [0, 22]]) * least  # a 15th of 7 is no step, and of 22 one that 22 codes would have
+        codes, grid = quantize(x.astype(dtype), 4, 2, "token", "kivi")
+        assert codes.tolist() == [[0, 0], [0, 15]] and grid[..., 0].tolist() == [[0], [least]]
+
     @pytest.mark.parametrize(
         ("x", "bits", "size", "per", "rule"),
         [
             (np.ones((2, 4)), 0, 4, "token", "kivi"),
             (np.ones((2, 4)), 9, 4, "token", "kivi"),
             (np.ones((2, 4)), 4, 0, "token", "kivi"),
+            (np.ones((2, 4)), 4, -2, "token", "flexgen"),
             (np.ones((2, 4)), 4, 3, "token", "kivi"),
             (np.ones((2, 4)), 4, 4, "channel", "kivi"),
             (np.ones((2, 4)), 4, 4, "row", "kivi"),
@@ -98,6 +106,7 @@ class TestQuantize:
             (np.ones((2, 4), int), 4, 4, "token", "kivi"),
             (np.ones(4), 4, 4, "token", "kivi"),
             (np.ones((0, 4)), 4, 4, "token", "kivi"),
+            (np.ones((4, 0)), 4, 4, "token", "flexgen"),
             (np.array([[1.0, np.nan]]), 4, 2, "token", "kivi"),
             (np.array([[1.0, np.inf]]), 4, 2, "token", "flexgen"),
             (np.array([[6e4, -6e4]], np.float16), 4, 2, "token", "flexgen"),
@@ -113,10 +122,15 @@ class TestPack:
     @given(SEEDS, BITS, st.sampled_from([(4,), (3, 8), (2, 1, 20)]), st.sampled_from([np.uint8, np.uint32]))
     def test_puts_every_bit_in_its_place(self, seed, bits, shape, dtype):
         codes = np.random.default_rng(seed).integers(0, 2**bits, shape).astype(dtype)
+        held = codes.copy()
         packed = pack(codes, bits)
-        assert packed.dtype == np.uint8
+        assert packed.dtype == np.uint8 and (codes == held).all()
         np.testing.assert_array_equal(packed, packed_by_hand(codes, bits))
         np.testing.assert_array_equal(oracle("quantization.kv_cache").unpack(packed, bits), codes)
+
+    def test_no_rows_of_codes_are_no_rows_of_bytes(self):
+        packed = pack(np.zeros((2, 0, 8), np.uint8), 4)
+        assert packed.shape == (2, 0, 4) and packed.dtype == np.uint8
 
     def test_equals_the_bytes_of_flexgen(self):
         arrays = golden("quant/flexgen_kv")
@@ -131,6 +145,7 @@ class TestPack:
             (np.ones(3, np.uint8), 4),
             (np.ones(2, np.uint8), 2),
             (np.ones(8, np.uint8), 3),
+            (np.ones(8, np.uint8), 1),
             (np.ones(2, np.int64), 4),
             (np.ones(2), 4),
         ],
@@ -151,7 +166,7 @@ def test_unpacking_and_dequantizing_agree_with_hands():
 
 @pytest.mark.exercise("chapters.quantization.kv_cache.decode_attention", points=2)
 class TestDecodeAttention:
-    @given(steps(), st.sampled_from([None, 0.3]))
+    @given(steps(), st.sampled_from([None, 0.3, 0.0]))
     def test_is_attention_over_what_codes_and_window_stand_for(self, step, scale):
         found = decode_attention(step.q, step.keys.held, step.values.held, scale)
         assert found.dtype == np.float64 and found.shape == step.q.shape
@@ -187,6 +202,12 @@ class TestDecodeAttention:
         part = half(np.random.default_rng(0), (1, 1, 5, 8), 4, 8, "token", 2).held
         with pytest.raises(ValueError):
             decode_attention(np.ones((1, 1, 1, 16)), part, part)
+
+    def test_refuses_keys_and_values_of_different_heads(self):
+        one, two = (half(np.random.default_rng(0), (1, heads, 5, 8), 4, 8, "token", 2).held for heads in (1, 2))
+        for halves in ((one, two), (two, one)):
+            with pytest.raises(ValueError):
+                decode_attention(np.ones((1, 2, 1, 8)), *halves)
 
 
 def test_refusals_say_what_is_wrong():

@@ -83,6 +83,13 @@ class TestQuantizeRows:
             np.testing.assert_array_equal(codes[i : i + 1], alone)
             np.testing.assert_array_equal(absmax[i], own[0])
 
+    def test_compares_in_float32(self):
+        x = np.array([[6 - 1e-9, 3.0], [1.0, 2.0]])  # the first is 6 in float32
+        codes, absmax, outliers = chapter.quantize_rows(x, np.float64(6))
+        assert codes.tolist() == [[0, 127], [0, 127]] and absmax.tolist() == [3, 2] and outliers.tolist() == [0]
+        x = np.array([[0.7, 0.1]], np.float32)  # less than the 0.7 of float64
+        assert chapter.quantize_rows(x, np.float64(0.7))[2].tolist() == [0]
+
     def test_leaves_its_input_alone(self):
         x = np.array([[1.0, 60.0], [0.0, 0.0]], np.float32)
         chapter.quantize_rows(x, 6.0)
@@ -113,8 +120,10 @@ class TestProduct:
                 expected[i, n] += float(x[i, k]) * value
             else:
                 expected[i, n] += x_codes[i][k] * int(codes[n, k]) * float(maxima[i]) * float(absmax[n]) / 127**2
+        before = [np.array(part) for part in product.arguments()]
         found = chapter.llm_int8_matmul(*product.arguments())
         assert found.dtype == np.float64
+        assert all((part == held).all() for part, held in zip(product.arguments(), before, strict=True))
         np.testing.assert_allclose(found, expected, **product.close(np.float64))
 
     @pytest.mark.parametrize("threshold", ["0.0", "3.0"])
@@ -152,6 +161,13 @@ class TestProduct:
         alone, together = (chapter.llm_int8_matmul(part, codes, absmax)[0, 0] for part in (x[:1], x))
         assert alone == pytest.approx(1 + 38 / 127) and together == pytest.approx(1.3003)
 
+    @pytest.mark.parametrize("value", [5.99, 6.0, 6.5])
+    def test_takes_six_as_its_threshold_unless_told(self, value):
+        x, codes, absmax = np.array([[0.3003, value]]), np.array([[127, 127]], np.int8), np.ones(1, np.float32)
+        found, told = chapter.llm_int8_matmul(x, codes, absmax), chapter.llm_int8_matmul(x, codes, absmax, 6.0)
+        first = np.rint(127 * 0.3003 / value) / 127 * value if value < 6 else 0.3003
+        assert found == told == pytest.approx(value + first, rel=1e-3)
+
     def test_sums_integers_that_eight_bits_do_not_hold(self):
         found = chapter.llm_int8_matmul(np.ones((2, 300)), np.full((1, 300), 127, np.int8), np.ones(1, np.float32))
         np.testing.assert_allclose(found, 300, rtol=1e-12)
@@ -169,6 +185,8 @@ class TestProduct:
             ((2, 3), (4, 2), (4,), None),
             ((3,), (4, 3), (4,), None),
             ((2, 3), (3,), (3,), None),
+            ((3, 3), (3,), (3,), None),
+            ((2, 3), (4, 3), (1,), None),
             ((2, 3), (4, 3), (3,), None),
             ((2, 3), (4, 3), (4, 1), None),
             ((2, 3), (4, 3), (4,), (3, 4)),

@@ -109,10 +109,12 @@ class TestGreedy:
         np.testing.assert_array_equal(found.alpha, [[[1, 0.5]], [[0, 0]]])
         assert (found.signs[1] == 1).all()
 
-    def test_leaves_the_weight_alone(self):
-        weight = np.arange(4.0)[None]
-        greedy(weight, 3)
-        np.testing.assert_array_equal(weight, np.arange(4.0)[None])
+    def test_computes_in_float64_and_leaves_the_weight_alone(self):
+        weight = np.random.default_rng(0).standard_normal((2, 9)).astype(np.float16)
+        wide = weight.astype(float)
+        found, expected = greedy(weight, 3), greedy(wide, 3)
+        assert found.alpha.dtype == found.offset.dtype == np.float64 and (wide == weight).all()
+        np.testing.assert_array_equal(found.alpha, expected.alpha)
 
     @pytest.mark.parametrize(("weight", "bits", "size"), [(np.ones((1, 4)), 0, None), (np.ones((1, 4)), 9, None),
         (np.ones((1, 4)), 2, 3), (np.ones(4), 2, None), (np.full((1, 4), np.nan), 2, None)])  # fmt: skip
@@ -150,8 +152,9 @@ class TestNearestSigns:
         np.testing.assert_array_equal((found * alpha[..., None, :]).sum(-1), [[[-1, 1, 3]], [[1.5, -1.5, 0.5]]])
 
     def test_where_all_scales_are_zero_the_sign_of_the_value_decides(self):
-        found = nearest_signs(np.array([-1.0, 0.0, 1.0]), np.zeros(3))
-        np.testing.assert_array_equal(found, [[-1] * 3, [1] * 3, [1] * 3])
+        for planes in (3, 8):
+            found = nearest_signs(np.array([-1.0, 0.0, 1.0]), np.zeros(planes))
+            np.testing.assert_array_equal(found, [[-1] * planes, [1] * planes, [1] * planes])
 
 
 @pytest.mark.exercise("chapters.quantization.lut_gemm.refine", points=2)
@@ -275,15 +278,17 @@ class TestProduct:
         found = lut_gemm(*problem.arrays(), 8)
         np.testing.assert_allclose(found, problem.x @ problem.weight().T, **tolerance(float, 64, 3))
 
-    @pytest.mark.parametrize(("changed", "value"), [("x", np.ones((1, 32))), ("x", np.ones(64)),
-        ("alpha", np.ones((3, 2, 1))), ("alpha", np.ones((5, 2, 2))), ("alpha", np.ones((3, 1, 2))),
-        ("offset", np.ones((3, 1))), ("group_size", 16), ("group_size", 64), ("group_size", 0)])  # fmt: skip
-    def test_refuses_shapes_that_do_not_fit(self, changed, value):
+    @pytest.mark.parametrize("changed", [{"x": np.ones((1, 32))}, {"x": np.ones(64)}, {"x": np.ones((1, 1, 64))},
+        {"alpha": np.ones((3, 2, 1))}, {"alpha": np.ones((5, 2, 2))}, {"alpha": np.ones((3, 1, 2))},
+        {"packed": np.zeros((2, 2, 2, 4), np.int32)}, {"offset": np.ones((3, 1))}, {"offset": np.ones((1, 2))},
+        {"alpha": np.ones((3, 16, 2)), "offset": None, "group_size": 4},
+        {"group_size": 16}, {"group_size": 64}, {"group_size": 0}])  # fmt: skip
+    def test_refuses_shapes_that_do_not_fit(self, changed):
         given_ = {"x": np.ones((1, 64)), "packed": np.zeros((2, 1, 2, 4), np.int32), "alpha": np.ones((3, 2, 2))}
         given_ |= {"offset": np.zeros((3, 2)), "group_size": 32}
         assert lut_gemm(**given_).shape == (1, 3)
         with pytest.raises(ValueError):
-            lut_gemm(**(given_ | {changed: value}))
+            lut_gemm(**(given_ | changed))
 
 
 @pytest.mark.kernel

@@ -113,6 +113,18 @@ class TestPowerIteration:
             assert value == pytest.approx(eigenvalues[count], rel=1e-9)
             np.testing.assert_allclose(basis.T[:count] @ v, 0, **tolerance(np.float64))
 
+    def test_ends_where_it_says(self):
+        turning = Counted(np.array([[0.0, 1], [1, 0]]))  # takes [1, 0] to [0, 1] and back
+        power_iteration(turning, np.array([3.0, 0]))
+        assert len(turning.seen) == 10_000, "the default of limit"
+        turning.seen.clear()
+        assert power_iteration(turning, np.array([3.0, 0]), tolerance=1.0)[2] == 1 == len(turning.seen)
+        matrix, _ = symmetric(0, np.array([1, 0.97, 0.3]))
+        counted, told = Counted(matrix), Counted(matrix)
+        residual = power_iteration(counted, np.ones(3))[2]
+        assert residual == power_iteration(told, np.ones(3), tolerance=1e-3)[2] <= 1e-3
+        assert len(counted.seen) == len(told.seen) > 9
+
     def test_a_flat_loss_has_none(self):
         value, v, residual = power_iteration(Counted(np.zeros((3, 3))), np.full(3, 2.0))
         assert (value, residual) == (0, 0) and np.linalg.norm(v) == pytest.approx(1)
@@ -132,6 +144,8 @@ class TestPowerIteration:
         [
             (np.zeros(2), [], np.eye(2), 9),
             (np.array([1, np.nan]), [], np.eye(2), 9),
+            (np.array([1, np.inf]), [], np.eye(2), 9),
+            (np.ones(2), [], np.full((2, 2), np.inf), 9),
             (np.array([3.0, 0]), [np.array([1.0, 0])], np.eye(2), 9),
             (np.ones(2), [], np.full((2, 2), np.nan), 9),
             (np.ones(2), [], np.eye(2), 0),
@@ -184,6 +198,7 @@ class TestHutchinson:
         matrix = dense(network(held, GOLDEN[part]), size)
         assert np.trace(matrix) == pytest.approx(held[f"{part}/exact_trace"], rel=1e-9)
         found = hutchinson(Counted(matrix), size, 2000)
+        np.testing.assert_array_equal(found, hutchinson(Counted(matrix), size, 2000, 0), err_msg="seed 0 unless told")
         assert abs(found.mean() - np.trace(matrix)) < 5 * found.std() / np.sqrt(2000)
 
     @pytest.mark.parametrize(("size", "probes"), [(0, 1), (3, 0), (3, -1)])
@@ -226,7 +241,7 @@ class TestAssignment:
         cost = rng.integers(-2, 9, (layers, len(bits))).astype(float) * rng.choice([1.0, 2.0**-40])
         budget = int((min(bits) + share * (max(bits) - min(bits))) * sum(sizes))
         found = assign_bits(cost, sizes, bits, budget)
-        assert found.shape == (layers,)
+        assert found.shape == (layers,) and found.dtype == np.int64
         chosen = [bits.index(width) for width in found]
         outcome = cost[np.arange(layers), chosen].sum(), int(found @ np.array(sizes))
         assert outcome == all_assignments(cost, sizes, bits, budget)

@@ -22,8 +22,9 @@ def by_hand(x, scale, dy, bits, signed) -> tuple[np.ndarray, np.ndarray, np.ndar
     """Codes, dx and dscale, one number at a time."""
     low, high = limits(bits, signed)
     codes, dx, dscale = np.empty(x.shape, int), np.zeros_like(dy), np.zeros(len(x))
+    wide = np.result_type(x, scale, np.float32).type
     for i, j in np.ndindex(*x.shape):
-        q = x[i, j] / scale[i]
+        q = wide(x[i, j]) / wide(scale[i])
         codes[i, j] = low if q < low else high if q > high else round(float(q))
         if low <= q <= high:
             dx[i, j] = dy[i, j]
@@ -44,9 +45,13 @@ def bad_arguments() -> list[tuple]:
 
 @pytest.mark.exercise("chapters.quantization.qat.lsq_codes", points=2)
 class TestCodes:
-    @given(**SIZES, codes=CODES, dtype=st.sampled_from([np.float32, np.float64]))
-    def test_are_those_of_a_loop(self, seed, groups, n, codes, dtype):
-        x, scale, dy = (part.astype(dtype) for part in drawn(seed, groups, n, *codes))
+    @given(
+        **SIZES, codes=CODES,
+        dtypes=st.sampled_from([(np.float32,) * 2, (np.float64,) * 2, (np.float16,) * 2, (np.float32, np.float64)]),
+    )  # fmt: skip
+    def test_are_those_of_a_loop(self, seed, groups, n, codes, dtypes):
+        x, scale, dy = drawn(seed, groups, n, *codes)
+        x, scale = x.astype(dtypes[0]), scale.astype(dtypes[1])
         before = x.copy(), scale.copy()
         found = lsq_codes(x, scale, *codes)
         assert found.dtype == (np.int8 if codes[1] else np.uint8)
@@ -125,6 +130,7 @@ class TestGradient:
         before = x.copy(), scale.copy(), dy.copy()
         dx, dscale = lsq_gradient(x, scale, dy, *codes)
         _, expected, total = by_hand(x, scale, dy, *codes)
+        assert dx.dtype == dscale.dtype == dtype
         np.testing.assert_array_equal(dx, expected)
         np.testing.assert_allclose(dscale, total, **close(dtype, dy, *codes, n))
         for part, then in zip((x, scale, dy), before, strict=True):
@@ -172,7 +178,7 @@ class TestGradient:
         with pytest.raises(ValueError):
             lsq_gradient(x, scale, np.ones_like(x), *codes)
 
-    @pytest.mark.parametrize("dy", [np.ones(6), np.full((2, 3), np.nan)])
+    @pytest.mark.parametrize("dy", [np.ones(6), np.ones((1, 3)), np.full((2, 3), np.nan), np.full((2, 3), np.inf)])
     def test_refuses_a_dy_that_does_not_fit(self, dy):
         with pytest.raises(ValueError):
             lsq_gradient(np.ones((2, 3)), np.ones(2), dy, 4)
@@ -187,12 +193,13 @@ class TestStraightThrough:
         expected = np.unpackbits(held[f"{peer}/grad_in"]).reshape(w.shape)
         np.testing.assert_array_equal(straight_through(w, dy, limit), dy * expected)
 
-    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
     def test_stops_at_the_limits_themselves_and_keeps_the_dtype(self, dtype):
         x, dy = np.array([-3, -2, -1.9, 0, 1.9, 2, 3]), np.arange(1, 8).astype(dtype)
         found = straight_through(x, dy, 2)
         np.testing.assert_array_equal(found, [0, 0, 3, 4, 5, 0, 0])
         assert found.dtype == dtype
+        np.testing.assert_array_equal(straight_through(x / 10, dy, 0.2), found, err_msg="a limit below 1")
         np.testing.assert_array_equal(dy, np.arange(1, 8))
 
     @given(SEEDS)
@@ -224,6 +231,10 @@ class TestTernary:
     def test_what_equals_the_bound_is_dropped_and_zeros_stay(self):
         x = np.array([[7.0, 7, -7, 19], [0, 0, 0, 0]])  # 0.7 mean|x| is 7.0 exactly
         np.testing.assert_array_equal(ternary(x, 2), [[0, 0, 0, 19], [0, 0, 0, 0]])
+
+    def test_is_at_least_single_precision(self):
+        found = ternary(np.array([[3, -1], [0, 0.25]], np.float16))
+        assert found.dtype == np.float32 and found.tolist() == [[2, -2], [0, 0]]
 
     def test_means_do_not_overflow(self):
         x = np.array([3e38, -3e38, 1], np.float32)

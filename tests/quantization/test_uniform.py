@@ -83,6 +83,12 @@ class TestGrid:
     def test_zero_is_an_integer_and_ties_go_to_the_even_one(self, low, high, zero):
         assert [float(*part) for part in grid(np.array([low]), np.array([high]), 2)] == [1, zero]
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_the_least_normal_number_is_a_scale_and_what_is_below_becomes_one(self, dtype):
+        least = np.finfo(dtype).tiny
+        scale, zero = grid(np.array([[-8 * least], [-4 * least]]), np.zeros((2, 1), dtype), 4, "deepspeed")
+        assert scale.tolist() == [[least], [1]] and zero.shape == (2, 1)
+
     @pytest.mark.parametrize("scheme", SCHEMES)
     @pytest.mark.parametrize("reach", [0.0, 1e-320])
     def test_a_group_of_zeros_takes_scale_one(self, scheme, reach):
@@ -109,26 +115,27 @@ class TestGrid:
             (-1.0, 1.0, 0, "asymmetric"), (-1.0, 1.0, 9, "torch"), (-1.0, 1.0, 4, "affine"),
             (-1.0, 1.0, 1, "smoothquant"), (-1.0, 1.0, 1, "no_clipping"), (0.5, 1.0, 4, "asymmetric"),
             (-1.0, -0.5, 4, "gptq"), (np.nan, 1.0, 4, "asymmetric"), (-1.0, np.inf, 4, "torch"),
-            (-1.7e308, 1.7e308, 4, "asymmetric"),
+            (-1.7e308, 1.7e308, 4, "asymmetric"), (*np.float32([-3e38, 3e38]), 4, "asymmetric"),
         ],
     )  # fmt: skip
     def test_refuses_what_is_no_range_or_scheme(self, low, high, bits, scheme):
-        with pytest.raises(ValueError):
-            grid(np.array([low]), np.array([high]), bits, scheme)
+        for size in (1, 0):
+            with pytest.raises(ValueError):
+                grid(np.array([low] * size), np.array([high] * size), bits, scheme)
 
 
 @pytest.mark.exercise("chapters.quantization.uniform.quantize", points=2)
 class TestQuantize:
-    @given(SEEDS, WIDTHS, st.sampled_from([np.float32, np.float64]), st.sampled_from([1, 3, 300]))
+    @given(SEEDS, WIDTHS, st.sampled_from([np.float16, np.float32, np.float64]), st.sampled_from([1, 3, 300]))
     def test_does_what_the_words_say_in_the_precision_of_its_arguments(self, seed, bits, dtype, spread):
-        rng = np.random.default_rng(seed)
+        rng, wide = np.random.default_rng(seed), np.promote_types(dtype, np.float32).type
         x, scale = (spread * rng.standard_normal((3, 17))).astype(dtype), rng.uniform(0.1, 3, (3, 1)).astype(dtype)
         x[:, ::4] = np.rint(x[:, ::4]) * scale + scale / 2  # ties, or next to one
         zero, held = rng.integers(0, 2**bits, (3, 1)).astype(dtype), x.copy()
         found = quantize(x, scale, zero, bits)
         assert found.dtype == np.uint8 and found.shape == x.shape and (x == held).all()
         for (row, column), code in np.ndenumerate(found):
-            quotient = x[row, column] * (dtype(1) / scale[row, 0])
+            quotient = x[row, column] * (wide(1) / scale[row, 0])
             assert code == min(max(round(float(quotient)) + int(zero[row, 0]), 0), 2**bits - 1)
 
     @given(SEEDS, WIDTHS, st.floats(0.01, 10))
@@ -233,6 +240,7 @@ class TestPack:
     def test_a_row_need_only_fill_its_bytes(self, bits, columns):
         codes = np.arange(2 * columns).reshape(2, columns) % 2**bits
         np.testing.assert_array_equal(pack(codes, bits), [packed_by_hand(row, bits) for row in codes])
+        np.testing.assert_array_equal(pack(codes[1], bits), packed_by_hand(codes[1], bits))
 
     def test_32_codes_of_3_bits_are_three_words(self):
         codes = np.random.default_rng(0).integers(0, 8, (1, 2, 32))

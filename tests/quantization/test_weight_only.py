@@ -49,12 +49,22 @@ class TestPack:
         pack(codes, 3)
         np.testing.assert_array_equal(codes, np.arange(128)[None] % 8)
 
+    def test_does_not_ask_how_codes_lie_in_memory(self):
+        codes = np.repeat(drawn_codes(0, 3, 2, 3), 2, axis=0)
+        for given_ in (np.asfortranarray(codes), codes[::2], codes[::-1]):
+            np.testing.assert_array_equal(pack(given_, 3), packed_by_hand(given_, 3))
+
     @pytest.mark.parametrize(
         ("columns", "bits"), [(1, 4), (8, 4), (24, 4), (33, 4), (32, 2), (96, 2), (64, 3), (96, 3)]
     )
     def test_refuses_half_a_load(self, columns, bits):
         with pytest.raises(ValueError):
             pack(np.zeros((2, columns), np.uint8), bits)
+
+    @pytest.mark.parametrize(("shape", "dtype"), [((32,), int), ((0, 32), int), ((1, 1, 32), int), ((1, 32), float)])
+    def test_refuses_what_is_no_matrix_of_integers(self, shape, dtype):
+        with pytest.raises(ValueError):
+            pack(np.zeros(shape, dtype))
 
     @pytest.mark.parametrize(("code", "bits"), [(16, 4), (255, 4), (-1, 4), (8, 3), (4, 2), (-1, 2)])
     def test_refuses_what_is_no_code(self, code, bits):
@@ -124,6 +134,12 @@ class TestProduct:
         expected = torch.nn.functional.linear(inputs, dense).numpy()
         np.testing.assert_allclose(found, expected, **tolerance(np.float64, codes[0].numel(), 10))
 
+    def test_takes_four_bits_unless_told(self):
+        codes = drawn_codes(0, 2, 4)
+        x, ones = np.random.default_rng(0).standard_normal((3, 128)), np.ones((2, 1))
+        found = weight_only_matmul(x, packed_by_hand(codes), ones, 7 * ones, 128)
+        np.testing.assert_allclose(found, x @ (codes.astype(float) - 7).T, **tolerance(np.float64, 128, 10))
+
     @pytest.mark.parametrize(
         ("x", "scale", "zero", "group_size"),
         [
@@ -134,6 +150,8 @@ class TestProduct:
             ((1, 32), (1, 1), (1, 1), 32),
             ((1, 32), (2, 1), (2, 2), 32),
             ((1, 32), (1, 2), (1, 2), 16),
+            ((1, 32), (2,), (2,), 16),
+            ((1, 1, 32), (2, 1), (2, 1), 32),
         ],
     )
     def test_refuses_shapes_that_do_not_fit(self, x, scale, zero, group_size):

@@ -22,8 +22,10 @@ from tests.quantization.token_grids import (
     SEEDS,
     SIZES,
     TIES,
+    as_numpy,
     codes_by_hand,
     exact_norm,
+    mean_squares,
     near,
     toy_layers,
     values,
@@ -34,11 +36,15 @@ kernels = kernel("quantization.zeroquant")
 
 @pytest.mark.exercise("chapters.quantization.zeroquant.quantize", points=2)
 class TestQuantize:
-    @given(SEEDS, st.integers(1, 5), st.sampled_from([1, 2, 5, 17]), st.integers(2, 8), st.booleans(), st.booleans())
-    def test_codes_are_those_of_a_loop(self, seed, groups, size, bits, symmetric, double):
-        dtype = np.float64 if double else np.float32
-        cut = values(seed, groups, size, dtype) + dtype(seed % 3)
-        codes, scale, zero = quantize(cut.reshape(size, groups), bits, groups, symmetric)
+    @given(
+        SEEDS, st.integers(1, 5), st.sampled_from([1, 2, 5, 17]), st.integers(2, 8), st.booleans(),
+        st.sampled_from([np.float16, np.float32, np.float64]),
+    )  # fmt: skip
+    def test_codes_are_those_of_a_loop(self, seed, groups, size, bits, symmetric, given_):
+        x, dtype = values(seed, groups, size, given_) + given_(seed % 3), np.promote_types(given_, np.float32)
+        cut = x.astype(dtype)
+        codes, scale, zero = quantize(x.reshape(size, groups), bits, groups, symmetric)
+        np.testing.assert_array_equal(x, cut)
         assert codes.shape == (size, groups) and codes.dtype == (np.int8 if symmetric else np.uint8)
         assert scale.shape == zero.shape == (groups,) and scale.dtype == zero.dtype == dtype
         for at, numbers in enumerate(cut):
@@ -68,12 +74,14 @@ class TestQuantize:
         codes, scale, zero = quantize(x, 8, len(x), scheme == "sym")
         np.testing.assert_array_equal(codes.astype(np.float32) * scale[:, None] + zero[:, None], expected)
 
-    def test_ties_go_to_even_and_the_greatest_is_clipped(self):
+    def test_ties_go_to_even_and_both_ends_are_clipped(self):
         np.testing.assert_array_equal(quantize(TIES, 8)[0], [EVEN])
         codes, scale, zero = quantize(np.array([8.0, 4, -4]), 4)
         assert (codes.tolist(), scale.tolist(), zero.tolist()) == ([7, 4, -4], [1], [0])
         codes, scale, zero = quantize(np.array([-4.0, -3.5, -2.5, 4, 12]), 4, symmetric=False)
         assert (codes.tolist(), scale.tolist(), zero.tolist()) == ([0, 0, 2, 8, 15], [1], [-4])
+        far = np.array([999999.5, 1000001.0625, 1000000.125, 999998.75], np.float32)  # rounding moves zero by 7 steps
+        assert quantize(far, 8, symmetric=False)[0].tolist() == [76, 249, 145, 0]
 
     @pytest.mark.parametrize("number", [0.0, 3.7, -1e-3, 1e-45, 3e38])
     def test_equal_numbers_keep_their_value(self, number):
@@ -87,16 +95,11 @@ class TestQuantize:
     @pytest.mark.parametrize(
         ("x", "bits", "groups", "symmetric"),
         [
-            (np.ones(6), 4, 4, True),
-            (np.ones(6), 4, 0, True),
-            (np.ones(6), 1, 1, True),
-            (np.ones(6), 9, 1, False),
-            (np.ones(0), 4, 1, True),
-            (np.array([1, np.nan]), 4, 1, True),
-            (np.array([1, np.inf]), 4, 1, False),
-            (np.array([3e38, -3e38], np.float32), 4, 1, False),
+            (np.ones(6), 4, 4, True), (np.ones(6), 4, 0, True), (np.ones(6), 4, -2, True), (np.ones(6), 1, 1, True),
+            (np.ones(6), 9, 1, False), (np.ones(0), 4, 1, True), (np.array([1, np.nan]), 4, 1, True),
+            (np.array([1, np.inf]), 4, 1, False), (np.array([3e38, -3e38], np.float32), 4, 1, False),
         ],
-    )
+    )  # fmt: skip
     def test_refuses_what_has_no_grid(self, x, bits, groups, symmetric):
         with pytest.raises(ValueError):
             quantize(x, bits, groups, symmetric)
@@ -132,6 +135,13 @@ class TestNorm:
         codes, _, hidden = rms_norm_quantize(*LOSSY[:2], 1e-5, LOSSY[2])
         assert (codes.tolist(), hidden.tolist()) == ([[127, 2]], [[2048, 24]])
 
+    @pytest.mark.parametrize(("one", "other"), [(np.float16, np.float32), (np.float32, np.float16)])
+    def test_the_sum_has_the_dtype_of_x(self, one, other):
+        x, residual = values(1, 3, 5, one), values(2, 3, 5, other)
+        hidden = rms_norm_quantize(x, np.ones(5), 1e-5, residual)[2]
+        assert hidden.dtype == one
+        np.testing.assert_array_equal(hidden, (x + residual).astype(one))
+
     def test_leaves_its_arguments_alone(self):
         x, residual = values(1, 3, 5), values(2, 3, 5)
         before = x.copy(), residual.copy()
@@ -141,15 +151,11 @@ class TestNorm:
     @pytest.mark.parametrize(
         "changed",
         [
-            {"weight": np.ones(3)},
-            {"residual": np.ones((1, 4))},
-            {"eps": 0.0},
-            {"x": np.ones(4)},
-            {"x": np.full((2, 4), np.inf)},
-            {"x": np.full((2, 4), 1e30, np.float32)},
-            {"x": np.ones((0, 4))},
+            {"weight": np.ones(3)}, {"weight": np.ones((1, 4))}, {"residual": np.ones((1, 4))}, {"eps": 0.0},
+            {"eps": -1.0}, {"eps": math.nan}, {"x": np.ones(4)}, {"x": np.full((2, 4), np.inf)},
+            {"x": np.full((2, 4), 1e30, np.float32)}, {"x": np.ones((0, 4))},
         ],
-    )
+    )  # fmt: skip
     def test_refuses_what_has_no_norm(self, changed):
         with pytest.raises(ValueError):
             rms_norm_quantize(**{"x": np.ones((2, 4)), "weight": np.ones(4), "eps": 1e-5} | changed)
@@ -193,10 +199,6 @@ def test_distillation_ends_with_the_authors_weights():
             np.testing.assert_allclose(parameter.numpy(force=True), expected, atol=1e-3)
 
 
-def mean_squares(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).pow(2).mean())
-
-
 @pytest.mark.exercise("chapters.quantization.zeroquant.distill_layers", points=3)
 class TestDistillation:
     def test_repeats_the_authors_first_losses(self):
@@ -216,6 +218,11 @@ class TestDistillation:
         losses = distill_layers(student, teacher, given_, 2, 1e-3)
         assert losses.shape == (count, 2)
         np.testing.assert_allclose(losses[:, 0], expected, **tolerance(np.float32, 6, scale=10))
+
+    def test_no_step_changes_nothing(self):
+        student = toy_layers(2)
+        assert distill_layers(student, toy_layers(2, seed=5), [torch.ones(1, 3)], 0, 1e-3).shape == (2, 0)
+        assert all(torch.equal(one.weight, other.weight) for one, other in zip(student, toy_layers(2), strict=True))
 
     def test_layers_are_trained_apart_and_only_the_students(self):
         teacher, batches = toy_layers(3), [torch.randn(4, 3, generator=torch.Generator().manual_seed(1))]
@@ -261,11 +268,6 @@ class TestDistillation:
 
 def on_device(x: np.ndarray, dtype: torch.dtype, aligned: bool = True) -> torch.Tensor:
     return poisoned(torch.from_numpy(x).to(DEVICE, dtype), aligned)
-
-
-def as_numpy(x: torch.Tensor) -> np.ndarray:
-    """Its values; the reference knows no bfloat16."""
-    return (x.float() if x.dtype is torch.bfloat16 else x).cpu().numpy()
 
 
 KERNEL_SIZES = SIZES | {"dtype": st.sampled_from(KERNEL_DTYPES), "aligned": st.booleans()}

@@ -62,3 +62,12 @@ def toy_layers(count: int, width: int = 3, seed: int = 0) -> list[nn.Linear]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return [nn.Linear(width, width) for _ in range(count)]
+
+
+def mean_squares(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).pow(2).mean())
+
+
+def as_numpy(x: torch.Tensor) -> np.ndarray:
+    """Its values; the reference knows no bfloat16."""
+    return (x.float() if x.dtype is torch.bfloat16 else x).cpu().numpy()

@@ -22,6 +22,7 @@ REFUSED: dict[str, dict[str, tuple]] = {
     "block_mask": {
         r"\[0, 1\).*1.0": (ONES, 1.0, 4),
         "-0.1": (ONES, -0.1, 4),
+        "-0.001": (ONES, -0.001, 4),
         "got nan": (ONES, np.nan, 4),
         "one of 16 blocks.*0.99": (ONES, 0.99, 4),
         "4 rows.*rows=3": (ONES, 0.5, 3),
@@ -54,6 +55,7 @@ REFUSED: dict[str, dict[str, tuple]] = {
     },
     "compress_n_m": {
         "not 1:4.*row 0, columns 0 to 3": (PAIRS, 1, 4),
+        "not 2:4.*row 0, columns 0 to 3 hold": (np.array([[1.0, 1, 1, 0]]), 2, 4),
         "not 2:8.*row 1, columns 16 to 23": (PAIRS * (np.arange(32) % 8 < 4) + np.eye(4, 32, 15 + 4), 2, 8),
         "32 columns.*m=3": (PAIRS, 2, 3),
         "from 2 to 16.*32": (PAIRS, 16, 32),

@@ -343,3 +343,5 @@ def test_kernel_finds_zero_where_too_few_keys_are_asked(bits):
     key = np.array([[5, top, -1, -1], [9, 9, 4, -1]], dtype=np.int32)
     assert thresholds(key, 2, 3, bits) == [[5, 9], [0, 4]]
     assert thresholds(key, 1, 4, bits) == [[top, 9], [0, 0]]
+    many = np.arange(4096, dtype=np.int32)[None]  # float16 cannot count 2049
+    assert thresholds(many, 2049, 4095, bits) == [[2047], [1]]

@@ -79,6 +79,9 @@ def test_patterns_are_taken_as_they_come_and_int8_has_its_lowest_value():
     weight = np.array([[-128, 127], [127, 127]], dtype=np.int8)
     patterns = every_mask(1, 2)
     np.testing.assert_array_equal(transposable.best_mask(weight, patterns), [[1, 0], [0, 1]])
+    close = np.array([[1, 1 + 1e-12], [1, 1]])  # equal in float32
+    np.testing.assert_array_equal(transposable.best_mask(close, patterns), [[0, 1], [1, 0]])
+    assert transposable.best_mask(close, np.ones((1, 1, 1), bool)).all()
     ones = np.ones((2, 4))
     np.testing.assert_array_equal(transposable.best_mask(ones, patterns), [[1, 0, 1, 0], [0, 1, 0, 1]])
     np.testing.assert_array_equal(transposable.best_mask(ones, patterns[::-1]), [[0, 1, 0, 1], [1, 0, 1, 0]])
@@ -116,6 +119,8 @@ def test_of_equals_the_first_in_the_block_is_taken():
     np.testing.assert_array_equal(found, np.kron(np.eye(2), np.ones((8, 8))))
     found = transposable.greedy_mask(np.array([[-128, 127], [127, 127]], dtype=np.int8), 1, 2)
     np.testing.assert_array_equal(found, np.eye(2))
+    found = transposable.greedy_mask(np.array([[1, 1 + 1e-12], [1, 1]]), 1, 2)  # equal in float32
+    np.testing.assert_array_equal(found, np.eye(2)[::-1])
 
 
 @given(st.integers(1, 3), st.integers(1, 4), SEEDS)

@@ -14,7 +14,7 @@ def gptq(
     block_size: int = 128,
 ) -> Quantized:
     weight, size = checked(weight, bits, group_size)
-    hessian = checked_hessian(hessian, weight.shape[1], damping, block_size)
+    hessian = checked_hessian(hessian, weight.shape[1], damping, block_size).copy()
     dead = np.diag(hessian) == 0
     hessian[dead, dead] = 1
     rest, columns = np.where(dead, 0, weight), np.arange(weight.shape[1])

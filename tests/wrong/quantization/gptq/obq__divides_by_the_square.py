@@ -5,7 +5,7 @@ def obq(
     weight: np.ndarray, hessian: np.ndarray, bits: int, symmetric: bool = False, mse: bool = False, damping: float = 0
 ) -> Quantized:
     w, _ = checked(weight, bits, None)
-    hessian = checked_hessian(hessian, w.shape[1], damping, 1)
+    hessian = checked_hessian(hessian, w.shape[1], damping, 1).copy()
     dead, row, left = np.diag(hessian) == 0, np.arange(len(w)), np.ones(w.shape, bool)
     hessian[dead, dead], w[:, dead] = 1, 0
     upper, codes = inverse_factor(hessian, damping), np.empty(w.shape, np.uint8)
