@@ -10,6 +10,9 @@ from __future__ import annotations
 import ast
 import copy
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,41 @@ def test_notebook_asserts_what_it_says_and_shows_figures_without_growing_large(s
     built = nbformat.read(target, as_version=4)
     outputs = [output for cell in built.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+KNOBS = [source for source in SOURCES if "\nexplore(" in source.read_text(encoding="utf-8")]
+TURNED = """
+import sys
+from chapters import explore
+from chapters.figures import save_png_bytes
+
+
+def turn(draw, **knobs):
+    start = {name: explore.initial(draw, name, knob) for name, knob in knobs.items()}
+    for name, knob in knobs.items():
+        assert not isinstance(knob, list) or start[name] in knob, f"{name} starts at none of its choices"
+        for value in knob if isinstance(knob, list) else knob[:2]:
+            save_png_bytes(draw(**start | {name: value}))
+    print("turned")
+
+
+explore.explore = turn
+exec(compile(sys.stdin.read(), "notebook", "exec"), {"__name__": "__main__"})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", KNOBS, ids=named)
+def test_every_knob_turns_to_its_ends(source):
+    """The notebook as far as its last picture with knobs, which draws each choice or both ends of a range."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    last = max(number for number, line in enumerate(lines) if line.startswith("explore("))
+    run = [sys.executable, "-c", TURNED]
+    own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    code = "\n".join(lines[: last + 1])
+    done = subprocess.run(run, cwd=source.parent, env=own, input=code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("turned") == sum(line.startswith("explore(") for line in lines)
 
 
 @pytest.fixture(scope="module")
