@@ -35,7 +35,7 @@ from torch import Tensor
 
 from kernels.cases import Case
 from kernels.guard import require, require_contiguous, require_dtype, require_launchable
-from kernels.quantization.gptq import MAGIC, WIDEST, find_grid, inverse_factor, quotient
+from kernels.quantization.gptq import MAGIC, WIDEST, checked_layer, find_grid, inverse_factor, quotient
 
 Grid = tuple[Tensor, Tensor, int]  # scale, zero, bits
 
@@ -183,7 +183,8 @@ def sparsegpt(
     Arguments as in the chapter, weight and hessian as tensors, block_size up to 256. A float64 weight is solved in
     float64, any other in float32; the hessian is factored in float64. Neither is modified. ValueError as there.
     """
-    weight, hessian = checked_layer(weight, hessian, bits, damping, block_size)
+    weight, hessian = checked_layer(weight, hessian, damping, block_size)
+    require(bits is None or (bits in range(1, 9) and bits is not True), f"bits must be 1 to 8, got {bits!r}")
     require_groups(weight.shape[1], pattern, block_size)
     grid = None if bits is None else (*find_grid(weight, bits, False, False), bits)
     dead = hessian.diagonal() == 0
@@ -200,26 +201,6 @@ def sparsegpt(
         rest[:, stop:] -= errors @ upper[start:stop, stop:]
         total += errors.double().square().sum() / 2
     return solved, mask, total
-
-
-def checked_layer(
-    weight: Tensor, hessian: Tensor, bits: int | None, damping: float, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """Copies of weight, float32 or float64, and of hessian, float64; or the error that `sparsegpt` promises."""
-    require(weight.dim() == 2 and weight.numel() > 0, f"weight must be a matrix, not empty, got {tuple(weight.shape)}")
-    require_launchable(weight=weight, hessian=hessian)
-    columns, wide = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
-    require_dtype(tuple(MAGIC), **{"weight, in at least 32 bits,": weight.to(wide)})
-    limit = 1e100 if wide is torch.float64 else 1e30  # spread errors must still fit
-    require(bool((weight.abs() < limit).all()), f"weight must be finite and below {limit}")
-    require(bits is None or (bits in range(1, 9) and bits is not True), f"bits must be 1 to 8, got {bits!r}")
-    ranges = 0 <= damping < torch.inf and 1 <= block_size <= WIDEST
-    require(ranges, f"need damping >= 0, block_size 1 .. {WIDEST}, got damping={damping}, block_size={block_size}")
-    fits = tuple(hessian.shape) == (columns, columns) and bool(hessian.isfinite().all())
-    require(fits, f"hessian must be finite, [in, in] = {(columns, columns)}; got shape {tuple(hessian.shape)}")
-    hessian = hessian.to(torch.float64, copy=True)
-    require(bool((hessian - hessian.T).abs().max() <= 1e-4 * hessian.abs().max()), "hessian must be symmetric")
-    return weight.detach().to(wide, copy=True), hessian
 
 
 def column_by_column(

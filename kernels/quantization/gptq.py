@@ -192,23 +192,33 @@ def gptq(
 def _checked(
     weight: Tensor, hessian: Tensor, bits: int, group_size: int | None, damping: float, block_size: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Copies of weight, float32 or float64, and of hessian, float64, and the columns of a group; or the error."""
+    """What `checked_layer` returns, and the columns of a group; or the error."""
+    weight, hessian = checked_layer(weight, hessian, damping, block_size)
+    require(bits in range(1, 9) and bits is not True, f"bits must be an integer from 1 to 8, got {bits!r}")
+    columns = weight.shape[1]
+    size = columns if group_size is None else group_size
+    require(size > 0 and columns % size == 0, f"group_size must divide the {columns} columns of weight, got {size}")
+    return weight, hessian, size
+
+
+def checked_layer(weight: Tensor, hessian: Tensor, damping: float, block_size: int) -> tuple[Tensor, Tensor]:
+    """Copies of weight, float32 or float64, and of hessian, float64.
+
+    Raises ValueError for what is empty, not finite, ill shaped, not symmetric or out of range, TypeError for a dtype.
+    """
     require(weight.dim() == 2 and weight.numel() > 0, f"weight must be a matrix, not empty, got {tuple(weight.shape)}")
     require_launchable(weight=weight, hessian=hessian)
     columns, wide = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
     require_dtype(tuple(MAGIC), **{"weight, in at least 32 bits,": weight.to(wide)})
     limit = 1e100 if wide is torch.float64 else 1e30  # spread errors must still fit
     require(bool((weight.abs() < limit).all()), f"weight must be finite and below {limit}")
-    require(bits in range(1, 9) and bits is not True, f"bits must be an integer from 1 to 8, got {bits!r}")
-    size = columns if group_size is None else group_size
-    require(size > 0 and columns % size == 0, f"group_size must divide the {columns} columns of weight, got {size}")
     ranges = 0 <= damping < torch.inf and 1 <= block_size <= WIDEST
     require(ranges, f"need damping >= 0, block_size 1 .. {WIDEST}, got damping={damping}, block_size={block_size}")
     fits = tuple(hessian.shape) == (columns, columns) and bool(hessian.isfinite().all())
     require(fits, f"hessian must be finite, [in, in] = {(columns, columns)}; got shape {tuple(hessian.shape)}")
     hessian = hessian.to(torch.float64, copy=True)
     require(bool((hessian - hessian.T).abs().max() <= 1e-4 * hessian.abs().max()), "hessian must be symmetric")
-    return weight.detach().to(wide, copy=True), hessian, size
+    return weight.detach().to(wide, copy=True), hessian
 
 
 def column_by_column(
