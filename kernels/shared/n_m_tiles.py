@@ -87,6 +87,19 @@ def expand(values, position, N: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
+def load_fields(
+    values, packed, start, quad, row, rows, kept, fields, BITS: tl.constexpr, FIELDS: tl.constexpr
+):  # fmt: skip
+    """FIELDS fields from `start` on: values, positions [4 Q, FIELD FIELDS], places in a row, and which exist."""
+    field = start + tl.arange(0, FIELDS)
+    inside = (quad * 4 < rows)[:, None] & (field < fields)[None, :]
+    position = load_positions(packed, quad, field, inside, fields, BITS)
+    at = start * FIELD + tl.arange(0, FIELD * FIELDS)
+    live = (row < rows)[:, None] & (at < kept)[None, :]
+    return tl.load(values + row[:, None] * kept + at[None, :], mask=live, other=0.0), position, at, live
+
+
+@triton.jit
 def gather_kernel(
     x, values, packed, y, rows, kept, fields,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, QUADS: tl.constexpr, FIELDS: tl.constexpr,
@@ -96,12 +109,7 @@ def gather_kernel(
     row = tl.program_id(0).to(tl.int64) * (4 * QUADS) + tl.arange(0, 4 * QUADS)
     acc = tl.zeros((4 * QUADS, FIELD * FIELDS), tl.float32)
     for start in range(0, fields, FIELDS):
-        field = start + tl.arange(0, FIELDS)
-        inside = (quad * 4 < rows)[:, None] & (field < fields)[None, :]
-        position = load_positions(packed, quad, field, inside, fields, BITS)
-        at = start * FIELD + tl.arange(0, FIELD * FIELDS)
-        live = (row < rows)[:, None] & (at < kept)[None, :]
-        value = tl.load(values + row[:, None] * kept + at[None, :], mask=live, other=0.0)
+        value, position, at, live = load_fields(values, packed, start, quad, row, rows, kept, fields, BITS, FIELDS)
         column = (at // N * M)[None, :] + position
         acc += value.to(tl.float32) * tl.load(x + column, mask=live, other=0.0).to(tl.float32)
     tl.store(y + row, tl.sum(acc, axis=1).to(y.dtype.element_ty), mask=row < rows)
@@ -122,12 +130,7 @@ def expand_kernel(
     K = kept // N * M
     acc = tl.zeros((TOKENS, ROWS), tl.float32)
     for start in range(0, fields, FIELDS):
-        field = start + tl.arange(0, FIELDS)
-        inside = (quad * 4 < rows)[:, None] & (field < fields)[None, :]
-        position = load_positions(packed, quad, field, inside, fields, BITS)
-        at = start * FIELD + tl.arange(0, FIELD * FIELDS)
-        live = (row < rows)[:, None] & (at < kept)[None, :]
-        value = tl.load(values + row[:, None] * kept + at[None, :], mask=live, other=0.0)
+        value, position, _, _ = load_fields(values, packed, start, quad, row, rows, kept, fields, BITS, FIELDS)
         weight = expand(value, position, N, M).reshape(ROWS, COLUMNS)
         column = start * (FIELD * M // N) + tl.arange(0, COLUMNS)
         inside = (token < tokens)[:, None] & (column < K)[None, :]
